@@ -1,0 +1,51 @@
+# Everything starts here: `make demo` and `make test` need Python 3.11 to 3.13 and make, and set up the rest by themselves.
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lab chapters export docs clean
+BIN := .venv/bin
+# The environment is rebuilt when the requirements (or the folder's place) change; otherwise a second run starts at once.
+STAMP := .venv/.setup-$(shell (pwd; cat settings.ini setup.py pyproject.toml) | cksum | cut -d' ' -f1)
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
+	$$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$p && break; done)
+PORTRAIT ?= $(firstword $(sort $(wildcard data/*.png)))
+RUN := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
+
+help: ## show this list
+	@grep -E '^[a-z]+:.*##' Makefile | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
+
+setup: $(STAMP) ## bring .venv up to date (the other targets do this first)
+
+$(STAMP):
+	@$(BIN)/python -c '' 2>/dev/null || { test -n "$(PYTHON)" || { \
+		echo "expected Python 3.11 to 3.13 with its venv module on the PATH (or make PYTHON=/path/to/python), found none"; exit 1; }; \
+		$(PYTHON) -m venv --clear .venv; }
+	@echo "setup: installing into .venv (a few minutes the first time)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-warn-script-location -e '.[dev,notebooks]'
+	@rm -f .venv/.setup-* && touch $@
+
+demo: setup ## invert a portrait with the shipped generator: make demo [PORTRAIT=face.png]
+	@test -n "$(PORTRAIT)" || { echo "expected a portrait in data/, found none"; exit 1; }
+	$(BIN)/posefree invert $(PORTRAIT) --out out/demo
+	@echo && echo "The pictures are in out/demo/$(basename $(notdir $(PORTRAIT)))/ (open comparison.png first):" \
+		&& ls out/demo/$(basename $(notdir $(PORTRAIT)))
+
+test: setup ## library and notebooks agree, every chapter executes, pytest
+	@rc=0; $(RUN) $(BIN)/python tools/agree.py || rc=1; $(RUN) $(BIN)/python tools/chapters.py || rc=1; \
+		$(RUN) $(BIN)/python -m pytest -n 2 || rc=1; exit $$rc
+
+lab: setup ## read and run the chapters in JupyterLab
+	$(BIN)/python -m jupyterlab --LabApp.default_url=/lab/tree/nbs/index.ipynb
+
+chapters: setup ## execute the chapters in place and keep their pictures: make chapters [NAMES="01_camera 05_generator"]
+	$(RUN) $(BIN)/python tools/chapters.py --save $(NAMES)
+	@$(BIN)/python tools/readme.py
+
+export: setup ## notebooks -> posefree_kit/*.py and README.md, after an edit
+	$(BIN)/nbdev_export && $(BIN)/nbdev_clean && $(BIN)/python tools/readme.py
+
+docs: setup ## the site in _docs/: by Quarto where it is installed, plain pages otherwise
+	$(BIN)/python tools/docs.py
+
+clean: ## remove what was built (not .venv)
+	rm -rf _proc _docs out build dist *.egg-info .pytest_cache .ruff_cache .hypothesis nbs/nbdev.yml nbs/plotly.min.js nbs/.last_checked
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
