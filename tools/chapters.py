@@ -26,9 +26,10 @@ def told(error:Exception) -> str:
 async def execute(path, flags, timeout) -> str: # "" or what went wrong
     "Run one notebook and write its outputs back to the file"
     nb = nbformat.read(path, as_version=4)
-    client = NotebookClient(nb, timeout=timeout, kernel_name="python3", store_widget_state=False, resources={"metadata": {"path": str(path.parent)}})
+    client = NotebookClient(nb, timeout=timeout, kernel_name="python3", store_widget_state=False,
+                            extra_arguments=["--IPKernelApp.log_level=ERROR"], resources={"metadata": {"path": str(path.parent)}})
     try:
-        async with asyncio.timeout(timeout), client.async_setup_kernel(extra_arguments=["--IPKernelApp.log_level=ERROR"]):
+        async with asyncio.timeout(timeout), client.async_setup_kernel():
             for i, cell in enumerate(nb.cells):
                 if cell.cell_type != "code" or skipped(cell.source, flags): continue
                 try: await client.async_execute_cell(cell, i)
