@@ -51,7 +51,7 @@ def step(x, lo, hi):
 # %% ../nbs/02_portraits.ipynb #10321953
 SHAPE = dict( # identity: what a person keeps. name: (lowest, highest); lengths in world units
     head_width=(.148, .168), head_height=(.172, .196), head_depth=(.178, .2), jaw_width=(.106, .138), jaw_drop=(.108, .135), chin=(.026, .044),
-    chin_out=(.1, .125), cheek=(.034, .052), brow_ridge=(.010, .022), eye_gap=(.054, .064), eye_size=(.0275, .034), eye_slant=(-.16, .22),
+    chin_out=(.1, .125), cheek=(.034, .052), brow_ridge=(.010, .022), eye_gap=(.054, .064), eye_size=(.0295, .036), eye_slant=(-.16, .22),
     eye_lid=(-.12, .16), eye_skew=(-.05, .05), nose_length=(.066, .092), nose_out=(.038, .062), nose_width=(.013, .021), nose_bend=(-.006, .006),
     mouth_width=(.04, .056), lip_full=(.011, .018), mouth_drop=(.004, .016), ear_size=(.036, .05), ear_flare=(0., .02), neck_width=(.07, .092), shoulder=(.29, .35),
     brow_height=(.040, .050), brow_thick=(.005, .0105), brow_arch=(-.1, .35), brow_skew=(-.006, .006), hair_volume=(.016, .036), hair_line=(.120, .150),
@@ -136,7 +136,7 @@ def scene(p:dict, styles:dict, text:list, device="cpu") -> Params:
     f["gap"] = f["mouth_open"].clamp(min=0) * .016
     f["mouth_w"] = f["mouth_width"] * (1 + .14 * f["smile"] - .25 * f["mouth_open"].clamp(min=0))
     f["lip_h"] = f["lip_full"] + f["gap"]
-    upper = (.56 - f["eye_lid"]) * (1 - f["eye_close"]) + .1 * f["brow_raise"].clamp(min=0)
+    upper = (.60 - f["eye_lid"]) * (1 - f["eye_close"]) + .1 * f["brow_raise"].clamp(min=0)
     lower = .36 * (1 - f["eye_close"]) - .06 * f["smile"].clamp(min=0)
     f |= dict(lid_uc=upper.cos(), lid_us=upper.sin(), lid_lc=lower.cos(), lid_ls=lower.sin())
     side = torch.where(f["hair_side"] < 0, -1., 1.)
@@ -189,7 +189,7 @@ def _skin(x, ax, y, z, skull, p):
     d = join(skull, ellipsoid(x, y + .075, z - .018, p.jaw_width, p.jaw_drop, .128), .07)
     d = join(d, sphere(ax - .072, y + .052, z - .098, p.cheek), .05)
     d = join(d, sphere(x, y + .168, z - p.chin_out, p.chin), .05)
-    d = join(d, ellipsoid(ax - p.eye_gap * .9, y - .075 - p.brow_up, z - .142, .05, .018, p.brow_ridge), .03)
+    d = join(d, ellipsoid(ax - p.eye_gap * .9, y - .075 - p.brow_up, z - .140, .042, .018, p.brow_ridge), .03)
     ex = ax - p.eye_gap
     socket = sphere(ex, y - .026, z - .188, .04)
     d = cut(d, -socket, .03)
@@ -211,7 +211,7 @@ def _skin(x, ax, y, z, skull, p):
 def _mouth(x, y, z, p):
     "Mouth coordinates: across (-1 to 1) and up from the smile's curve, and how much this is the front"
     mx = x / p.mouth_w
-    my = y + .098 + p.mouth_drop - p.smile * .011 * (mx * mx - .55)
+    my = y + .098 + p.mouth_drop - p.smile * .013 * (mx * mx - .55)
     return (mx, my), (z * 12).clamp(0, 1)
 
 def _eyes(ax, x, y, z, p):
@@ -308,7 +308,7 @@ def _beard(x, y, z, p): # how much beard grows here, 0 to 1
 
 # %% ../nbs/02_portraits.ipynb #d9858e24
 NEAR, FAR = 2.25, 3.15
-HIT, STEPS = 3e-4, 30
+HIT, STEPS = 3e-4, 40
 
 def march(
     p:Params, # the scene, batch B
@@ -322,15 +322,17 @@ def march(
     ox, oy, oz = o[:, :1], o[:, 1:2], o[:, 2:]
     for i in range(STEPS):
         if i % 4 == 0:
-            if i: _put(t, left, where, tt, dd)
-            if i: alive = alive & (left.abs() > HIT) & (t < FAR)
+            if i:
+                _put(t, left, where, tt, dd)
+                alive = alive & (left.abs() > HIT) & (t < FAR)
             where = _pack(alive)
-            if where is None: return t, left
+            if where is None: break
             dx, dy, dz, tt = (v.gather(1, where[0]) for v in (*d, t))
         dd = distance(torch.addcmul(ox, dx, tt), torch.addcmul(oy, dy, tt), torch.addcmul(oz, dz, tt), p)
-        if i < STEPS - 1: tt = tt + (dd * .92).masked_fill_(dd.abs() <= HIT, 0.)
-    _put(t, left, where, tt, dd)
-    return t, left
+        s = dd * .92
+        if i < STEPS - 1: tt = tt + torch.where(dd > HIT, s.clamp(min=8 * HIT), s).masked_fill_(dd.abs() <= HIT, 0.)
+    if where: _put(t, left, where, tt, dd)
+    return t + left * (left.abs() < 4 * HIT), left
 
 def _pack(alive): # (B, N) bool -> columns (B, K) of the true ones, padded with 0, and which entries are real
     count = alive.sum(1)
@@ -375,11 +377,11 @@ def paint(x, y, z, n, p:Params): # (B, N) each, n (B, 3, N) -> albedo (B, 3, N),
     arc = (1 - mx.square()).clamp(min=0)
     gap = p.gap * arc + .0016
     c = tint(c, (1 - step(my.abs() - gap, -.0012, .0014)) * (1 - step(mx.abs(), .9, 1.02)) * face, c * 0 + x.new_tensor([.22, .06, .07])[:, None])
-    teeth = step(my, gap * -.1, gap * .1) * (1 - step(my, gap - .0016, gap - .0002)) * (1 - step(mx.abs(), .7, .85)) * face * step(p.gap, .003, .006)
+    teeth = step(my, gap * .1, gap * .35) * (1 - step(my, gap - .0016, gap - .0002)) * (1 - step(mx.abs(), .7, .85)) * face * step(p.gap, .003, .006)
     c = tint(c, teeth, c * 0 + x.new_tensor([.95, .93, .9])[:, None])
     # brows
     bx = (ax - p.eye_gap) / .036
-    by = y - .028 - p.brow_height - p.brow_up - p.brow_skew * x.sign() + p.brow_arch * .012 * bx.square() + p.brow_frown * .007 * (-bx).clamp(-1.2, 1.2) * -1
+    by = y - .028 - p.brow_height - p.brow_up - p.brow_skew * x.sign() + p.brow_arch * .012 * bx.square() + p.brow_frown * .007 * (-bx).clamp(-1.2, 1.2)
     brow = (1 - step(bx.square() * bx.square() + (by / p.brow_thick).square(), .6, 1.15)) * face
     c = tint(c, brow, p.c_brow)
     for name, f in (("beard", _paint_beard), ("marks", _paint_marks), ("text", _paint_text)):
@@ -389,7 +391,10 @@ def paint(x, y, z, n, p:Params): # (B, N) each, n (B, 3, N) -> albedo (B, 3, N),
     c = tint(c, (1 - step(eye, .0, .0034)) * (.35 + .5 * step(y - .028, -.004, .006)), p.c_brow * .6)
     # eyeball
     c = tint(c, step(skin - eye, -.0004, .0008), _iris(ax, x, y, z, p))
-    strand = 1 + .13 * torch.sin(x * 190 + 9 * torch.sin(y * 17 + z * 11)) * torch.sin(z * 90 + y * 35) + .10 * torch.sin(x * 75 - z * 60 + y * 12)
+    hx, hz = x - p.part_x, z + .05
+    comb, crown = torch.atan2(hx, hz), (hx * hx + hz * hz).sqrt()
+    comb = comb + .12 * torch.sin(crown * 40 + y * 25)
+    strand = 1 + step(crown, .01, .07) * (.13 * torch.sin(comb * 17) + .09 * torch.sin(comb * 41 + 2) + .06 * torch.sin(comb * 83 + y * 20))
     other = torch.minimum(skin, eye)
     c = tint(c, step(other - hair, -.002, .003), p.c_hair * strand[:, None])
     weave = step(torch.sin(y * p.stripe), -.15, .15) * (p.stripe > 0)
@@ -397,7 +402,7 @@ def paint(x, y, z, n, p:Params): # (B, N) each, n (B, 3, N) -> albedo (B, 3, N),
     if len(p.rows_hat):
         rib = 1 + .12 * torch.sin(torch.atan2(x, z + .03) * 40) * p.beanie
         c = tint(c, step(torch.minimum(other, hair) - hat, -.001, .001), p.c_hat * rib[:, None])
-    if len(p.rows_glasses): c = tint(c, step(torch.minimum(other, hair) - glasses, -.0005, .0005), p.c_glasses)
+    if len(p.rows_glasses): c = tint(c, step(torch.minimum(torch.minimum(other, hair), torch.minimum(hat, cloth)) - glasses, -.0005, .0005), p.c_glasses)
     return c
 
 def _iris(ax, x, y, z, p):
@@ -450,7 +455,7 @@ def shade(c, n, x, y, z, p): # albedo (B, 3, N) -> colour in [0, 1]
     spec = (n * half).sum(1, keepdim=True).clamp(min=0) ** 24 * .10
     ao = .45 + .55 * open_
     soft = p.light_soft[:, None]
-    out = c * (soft * sky * ao + (1.12 - soft) * lam * (.35 + .65 * ao)) * p.light_rgb * 1.16 + spec * ao
+    out = c * (soft * sky * ao + (1.12 - soft) * lam * (.35 + .65 * ao)) * p.light_rgb * 1.12 + spec * ao
     return out
 
 # %% ../nbs/02_portraits.ipynb #519ccef3
@@ -465,7 +470,7 @@ class Portrait:
     identity:dict # name -> (B,) parameters of the person (numbers) and lists of B style names
 
 def _colour(p, o, d, t, left): # (B, 3, N) colours and normals at the points that were reached; 0 elsewhere
-    hit = (left.abs() < 2e-3) & (t < FAR)
+    hit = (left.abs() < 4 * HIT) & (t < FAR)
     rgb, normal = t.new_zeros(len(t), 3, t.shape[1]), t.new_zeros(len(t), 3, t.shape[1])
     where = _pack(hit)
     if where is None: return rgb, normal, hit
@@ -535,7 +540,7 @@ def _smooth(p, camera, k, image, t, size):
     return lerp(image, corners, .5)
 
 # %% ../nbs/02_portraits.ipynb #2caa7d48
-CHUNK = 8 * 64 * 64 # rays at a time on a CPU: small enough for its cache
+CHUNK = 32 * 64 * 64 # rays at a time on a CPU: small enough for its cache
 
 @torch.no_grad()
 def portrait_batch(
