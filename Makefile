@@ -21,6 +21,7 @@ $(STAMP):
 		$(PYTHON) -m venv --clear .venv; }
 	@echo "setup: installing into .venv (a few minutes the first time)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-warn-script-location -e '.[dev,notebooks]'
+	@cp "$$($(BIN)/python -c 'import pathlib, plotly; print(pathlib.Path(plotly.__file__).parent)')/package_data/plotly.min.js" nbs/  # for the site
 	@rm -f .venv/.setup-* && touch $@
 
 demo: setup ## invert a portrait with the shipped generator: make demo [PORTRAIT=face.png]

@@ -1,6 +1,8 @@
 "Build the site into _docs/: nbdev processes the notebooks, Quarto renders them; without Quarto, nbconvert makes plain pages."
-import os, re, shutil, subprocess, sys
+import json, os, re, shutil, subprocess, sys
 from pathlib import Path
+
+import yaml
 
 from tree import ROOT
 
@@ -17,13 +19,26 @@ def process(
 
 def plain(proc:Path, out:Path):
     "Pages by nbconvert: every notebook, its pictures beside it, links between them kept"
+    import nbformat
+    from nbconvert import HTMLExporter
+    exporter = HTMLExporter(exclude_input_prompt=True, exclude_output_prompt=True)
+    exporter.register_preprocessor("nbconvert.preprocessors.TagRemovePreprocessor", enabled=True)
+    exporter._preprocessors[-1].remove_input_tags = {"quiet"}
     shutil.rmtree(out, ignore_errors=True)
     shutil.copytree(proc, out, ignore=shutil.ignore_patterns("*.ipynb", "*.yml"))
-    for nb in sorted(proc.rglob("*.ipynb")):
-        folder = out/nb.parent.relative_to(proc)
-        subprocess.run([sys.executable, "-m", "nbconvert", "--to", "html", "--log-level", "ERROR", "--output-dir", folder, nb], check=True)
-        page = folder/f"{nb.stem}.html"
-        page.write_text(re.sub(r'(href="(?!\w+:)[^"#]*)\.ipynb', r"\1.html", page.read_text(encoding="utf-8")), encoding="utf-8")
+    for path in sorted(proc.rglob("*.ipynb")):
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        for cell in raw["cells"]: cell.pop("has_sd", None) # nbdev's own mark
+        nb = nbformat.reads(json.dumps(raw), as_version=4)
+        for cell in nb.cells:
+            if cell.cell_type == "raw" and cell.source.startswith("---"): # front matter
+                said = yaml.safe_load(cell.source.strip("-\n"))
+                cell.update(cell_type="markdown", source=f"# {said.get('title', '')}\n\n> {said.get('description', '')}")
+            if re.search(r"^#\|\s*echo:\s*false", cell.source, re.M): cell.metadata["tags"] = ["quiet"]
+            if cell.cell_type == "code": cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M)
+        html, _ = exporter.from_notebook_node(nb)
+        page = out/path.relative_to(proc).with_suffix(".html")
+        page.write_text(re.sub(r'(href="(?!\w+:)[^"#]*)\.ipynb', r"\1.html", html), encoding="utf-8")
 
 if __name__ == "__main__":
     if shutil.which("quarto"):
