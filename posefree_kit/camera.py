@@ -61,7 +61,7 @@ def pose_of_position(position:Tensor) -> Pose: # position: (B, 3), any length
     d = torch.nn.functional.normalize(position, dim=-1)
     return Pose(torch.atan2(-d[:, 0], d[:, 2]), torch.asin(d[:, 1].clamp(-1, 1)))
 
-# %% ../nbs/01_camera.ipynb #d5a15273
+# %% ../nbs/01_camera.ipynb #10a55051
 def cam2world(
     pose:Pose, # (B,) viewpoints
     radius:float=RADIUS, # camera distance from the origin
@@ -85,7 +85,7 @@ def intrinsics(
     k = torch.tensor([[focal, 0, .5], [0, focal, .5], [0, 0, 1]], device=device)
     return k.expand(batch, 3, 3)
 
-# %% ../nbs/01_camera.ipynb #b10a49aa
+# %% ../nbs/01_camera.ipynb #860128f1
 def rays(
     cam2world:Tensor, # (B, 4, 4)
     intrinsics:Tensor, # (B, 3, 3) normalised
@@ -123,7 +123,7 @@ def unproject(
     o, d = rays(cam2world, intrinsics, size)
     return o + d * depth.flatten(1)[..., None]
 
-# %% ../nbs/01_camera.ipynb #032d3458
+# %% ../nbs/01_camera.ipynb #1da2f8f9
 def fit_frame(
     estimated:Pose, # (N,) poses in the generator's frame
     true:Pose, # (N,) poses in the world

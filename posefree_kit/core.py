@@ -129,7 +129,7 @@ def resize(
     if d["H"] % size == 0: return F.avg_pool2d(x, d["H"] // size)
     return F.interpolate(x, (size, size), mode="bilinear", align_corners=False, antialias=True)
 
-# %% ../nbs/00_core.ipynb #67e73457
+# %% ../nbs/00_core.ipynb #86767f71
 def image_grid(
     x:Tensor, # (N, 3, H, W) in [-1, 1]
     columns:int=8, # images a row
@@ -142,7 +142,7 @@ def image_grid(
     out[:n, :, :h, :w] = x
     return out.unflatten(0, (rows, columns)).permute(2, 0, 3, 1, 4).reshape(1, c, rows * (h + pad), columns * (w + pad))[..., :-pad or None, :-pad or None]
 
-# %% ../nbs/00_core.ipynb #5d72d410
+# %% ../nbs/00_core.ipynb #7e32d67c
 @contextlib.contextmanager
 def whole_file(
     path, # where the file shall be
@@ -168,7 +168,7 @@ def save_json(obj, path):
     "Write JSON, whole, readable"
     with whole_file(path) as tmp: Path(tmp).write_text(json.dumps(obj, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
-# %% ../nbs/00_core.ipynb #494ed435
+# %% ../nbs/00_core.ipynb #9c5781b7
 def sha256(data) -> str: # data: a path, or bytes
     "The SHA-256 of a file or of bytes, as hex"
     if isinstance(data, bytes): return hashlib.sha256(data).hexdigest()
@@ -193,7 +193,7 @@ def config_from_dict(cls:type, values:dict):
     try: return cls(**{n: tupled(v) for n, v in values.items()})
     except TypeError as e: raise InputError(f"{cls.__name__}: {e}") from e
 
-# %% ../nbs/00_core.ipynb #74cbd5fd
+# %% ../nbs/00_core.ipynb #a20fec27
 GLOSSARY = (
     # symbol, name, shape, unit, meaning
     ("z", "z", "(B, z_dim)", "-", "random draw, standard normal"),

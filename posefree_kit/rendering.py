@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from .core import InputError, check_shape
 
-# %% ../nbs/03_rendering.ipynb #cb4f2f0e
+# %% ../nbs/03_rendering.ipynb #d1a85e04
 def alpha_from_density(sigma:Tensor, delta:Tensor) -> Tensor: # both (..., S); sigma in 1 / length, delta in lengths
     "The fraction of light that each interval stops"
     return 1 - torch.exp(-sigma * delta)
@@ -32,7 +32,7 @@ def composite(weights:Tensor, values:Tensor) -> Tensor: # (..., S), (..., S, C) 
     "Sum values along rays"
     return (weights[..., None, :] @ values).squeeze(-2)
 
-# %% ../nbs/03_rendering.ipynb #671453a5
+# %% ../nbs/03_rendering.ipynb #aea035d9
 def coarse_depths(
     near:float, far:float, # where rays start and end, distance from the camera
     samples:int, # samples a ray
@@ -65,7 +65,7 @@ def fine_depths(
     c0, c1, d0, d1 = at(cdf, hi - 1), at(cdf, hi), at(depths, hi - 1), at(depths, hi)
     return d0 + (d1 - d0) * ((u - c0) / (c1 - c0).clamp(min=1e-8)).clamp(0, 1)
 
-# %% ../nbs/03_rendering.ipynb #62820d4f
+# %% ../nbs/03_rendering.ipynb #0e5746ab
 class Rays(NamedTuple):
     "What rays see"
     values:Tensor # (B, N, C) composited values, not divided by weight

@@ -57,7 +57,7 @@ def modulated_conv(
     d = (style.square() @ weight.square().sum((2, 3)).T + 1e-8).rsqrt()
     return y * d[:, :, None, None].to(y.dtype)
 
-# %% ../nbs/04_stylegan.ipynb #7357af93
+# %% ../nbs/04_stylegan.ipynb #de5d9bb1
 class ModConv(nn.Module):
     "Style, modulated convolution, optional fixed noise, bias, activation"
     def __init__(self, inputs:int, outputs:int, w_dim:int, kernel:int=3, up:bool=False, noise_size:int=0, clamp:float|None=None):
@@ -118,7 +118,7 @@ class Synthesis(nn.Module):
             i += block.num_convs
         return image
 
-# %% ../nbs/04_stylegan.ipynb #206673db
+# %% ../nbs/04_stylegan.ipynb #3bda7c00
 class Conv(nn.Module):
     "A convolution with equalised learning rate"
     def __init__(self, inputs:int, outputs:int, kernel:int=3, act=lrelu, bias:bool=True):
