@@ -1,0 +1,88 @@
+"Faces in photographs: found, levelled, cut out; whatever is not a face is refused in one line."
+import math
+
+import pytest
+import skimage.data
+import torch
+import torch.nn.functional as F
+
+from posefree_kit.camera import Pose
+from posefree_kit.core import InputError
+from posefree_kit.photos import BEHIND, EYE_DISTANCE, EYES_TO_MOUTH, LIFT, align_face, cut_out, find_faces, outline, plain_background, rotation, similarity
+from posefree_kit.portraits import portrait_batch
+
+MIDDLE = torch.tensor([255.5, 255.5])
+
+@pytest.fixture(scope="module")
+def astronaut(): return torch.from_numpy(skimage.data.astronaut().copy()).permute(2, 0, 1)[None] / 127.5 - 1
+
+def test_the_astronaut_has_one_face_with_eyes_where_they_are(astronaut):
+    a = align_face(astronaut, 128)
+    assert a.faces_found == 1 and a.image.shape == (1, 3, 128, 128) and a.image.abs().max() <= 1.001
+    assert (a.landmarks[:2] - torch.tensor([[205., 102.], [247., 104.]])).abs().max() < 4
+    left, top, right, bottom = a.box
+    assert abs(left - 181) < 6 and abs(top - 62) < 6 and abs(right - 268) < 6 and abs(bottom - 172) < 6
+
+@pytest.mark.parametrize("degrees", (-25, 20))
+def test_a_tilted_photograph_comes_out_level(astronaut, degrees):
+    straight, tilted = align_face(astronaut, 96), align_face(cut_out(astronaut, MIDDLE, 512, math.radians(degrees), 512)[0], 96)
+    assert abs(tilted.roll_deg - (straight.roll_deg - degrees)) < 3
+    eye = find_faces(tilted.image)[0].landmarks
+    assert abs(math.degrees(math.atan2(*(eye[1] - eye[0]).flip(0)))) < 5
+    assert (tilted.image - straight.image).abs().mean() < .12
+
+def test_the_crop_shows_the_landmarks_where_the_simulator_has_them(astronaut):
+    points = (find_faces(align_face(astronaut, 256).image)[0].landmarks + .5) / 256
+    target = torch.tensor([[.40, .456], [.606, .456], [.503, .567], [.419, .68], [.59, .68]])
+    assert (points - target).abs().max() < .06
+
+def test_portraits_are_framed_already():
+    made = portrait_batch(range(200, 206), 96, Pose.deg([-20., -10, 0, 0, 10, 20], [0., 5, 0, -5, 0, 5]))
+    for x in made.image:
+        centre, side, roll = similarity((find_faces(x[None])[0].landmarks + .5) / 96)
+        assert (centre - .5).abs().max() < .08 and abs(side - 1) < .12 and abs(math.degrees(roll)) < 7
+
+def test_small_pictures_work():
+    assert len(find_faces(portrait_batch([7], 48, Pose.deg(0.)).image)) == 1
+
+@pytest.mark.parametrize("image", (torch.zeros(1, 3, 200, 200), torch.ones(1, 3, 64, 300), torch.full((1, 3, 1, 1), .3), torch.rand(1, 3, 180, 180, generator=torch.Generator().manual_seed(0))), ids="black white pixel noise".split())
+def test_a_picture_without_a_face_is_an_error_of_one_line(image):
+    with pytest.raises(InputError, match="expected a picture with a face, found none") as e: align_face(image)
+    assert "\n" not in str(e.value)
+
+def test_wrong_shapes_and_words_are_errors(astronaut):
+    for x in (astronaut[0], astronaut[:, :1], torch.cat([astronaut] * 2)):
+        with pytest.raises(InputError, match="expected shape"): align_face(x)
+    with pytest.raises(InputError, match="which among"): align_face(astronaut, which="best")
+    with pytest.raises(InputError, match="keep or plain"): align_face(astronaut, background="blue")
+    with pytest.raises(InputError, match="could hold a face"): find_faces(torch.zeros(1, 3, 1, 9000))
+
+def test_of_two_faces_the_larger_is_taken_and_told(astronaut):
+    small = F.interpolate(astronaut, (300, 300), mode="bilinear", antialias=True)
+    pair = torch.zeros(1, 3, 512, 812)
+    pair[..., :300, :300], pair[..., 300:] = small, astronaut                   # the larger stands at the right
+    a = align_face(pair, 64)
+    assert a.faces_found == 2 and a.box[0] > 300 and "2 faces" in a.warnings[0] and "largest" in a.warnings[0]
+    assert align_face(pair, 64, which="leftmost").box[2] < 300
+
+def test_a_crop_beyond_the_edge_is_filled_and_told(astronaut):
+    a = align_face(astronaut[..., 70:200, 150:280], 64)
+    assert a.image.isfinite().all() and any("outside" in w for w in a.warnings)
+
+def test_similarity_follows_the_points():
+    points = torch.tensor([[.4, .46], [.61, .46], [.5, .57], [.42, .68], [.59, .68]])
+    c0, s0, r0 = similarity(points)
+    turn = rotation(.4)
+    c, s, r = similarity(30 * points @ turn.T + 5)
+    assert torch.allclose(c, 30 * turn @ c0 + 5, atol=1e-3) and s == pytest.approx(30 * s0, rel=1e-4) and r == pytest.approx(r0 + .4, abs=1e-5)
+    assert s0 == pytest.approx(max(.21 / EYE_DISTANCE, .22 / EYES_TO_MOUTH), abs=.01) and BEHIND > 0 and LIFT > 0
+
+def test_cutting_out_does_not_alias():
+    stripes = (torch.arange(256) % 2 * 2. - 1).expand(1, 3, 256, 256)
+    assert cut_out(stripes, torch.tensor([127.5, 127.5]), 256, 0., 32)[0].abs().max() < 1e-4
+
+def test_plain_background_keeps_the_face():
+    x = portrait_batch([3], 64, Pose.deg(0.)).image
+    y = plain_background(x)
+    assert torch.equal(y[..., 20:44, 24:40], x[..., 20:44, 24:40]) and (y[..., :4, :4] - y[..., :1, :1]).abs().max() < 1e-6
+    assert 0 <= outline(32).min() and outline(32).max() <= 1
