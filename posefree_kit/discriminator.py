@@ -46,6 +46,7 @@ class Discriminator(nn.Module):
         self.pose_head = nn.Sequential(Linear(flat, d, lrelu), Linear(d, 2))
         self.last, self.features, self.real = Conv(ch[-1] + 1, ch[-1]), Linear(flat, d, lrelu), Linear(d, 1)
         self.embed_pose = nn.Sequential(Linear(2, d, lrelu), Linear(d, d, lrelu), Linear(d, d)) if c.pose_conditioned else None
+        self.condition = 1. # how much the pose counts; training starts with less
         self.old_rgb, self.fade = None, 1. # while growing: the smaller network's first layer, and how far the new one is in
 
     @property
@@ -73,8 +74,7 @@ class Discriminator(nn.Module):
             score = self.real(features)[:, 0]
             if self.embed_pose is not None:
                 e = self.embed_pose((head if pose is None else pose.stack() / self.unit).detach())
-                e = e * (e.square().mean(-1, keepdim=True) + 1e-8).rsqrt()
-                score = score + (features * e).sum(-1) / self.config.feature_dim ** .5
+                score = score + self.condition * (features * F.normalize(e, dim=-1)).sum(-1) / self.config.feature_dim ** .5
         return Judgement(score, Pose.of(head * self.unit))
 
     def read_pose(self, image:Tensor) -> Pose: # (B, 3, R, R)

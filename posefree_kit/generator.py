@@ -91,12 +91,13 @@ class GeneratorConfig:
     noise:bool = False # fixed noise in the synthesis (PoF3D: yes)
     plane_channels:int = 16 # features per plane
     plane_axes:str = "xyz" # "xyz" three different planes, "eg3d" as published there
-    box:float = 1.1 # side of the cube that the planes span
+    box:float = 0.8 # side of the cube that the planes span
     decoder_hidden:int = 32 # width of the decoder
     decoder_act:str = "lrelu" # "lrelu" or "softplus" (EG3D)
     features:int = 3 # rendered channels; the first three are the raw colour
     density_scale:float = 8. # density = scale * softplus(raw - 1)
-    ball:float = 3. # convex prior added to the raw density: clamp(ball * (1 - |x|^2 / 0.33^2), min=-2 ball); 0: none (EG3D)
+    ball:float = 4. # convex prior added to the raw density: clamp(ball * (1 - |x|^2 / ball_radius^2), min=-2 ball); 0: none (EG3D)
+    ball_radius:float = 0.2 # where the prior changes sign: about the size of a head
     background:str = "linear" # "linear": a colour gradient over the image, from w (ours); "none": black
     radius:float = RADIUS # camera distance
     focal:float = FOCAL # focal length in image widths
@@ -154,9 +155,9 @@ class Decoder(nn.Module):
         y = self.out(self.hidden(x))
         return y[..., 0], y[..., 1:].sigmoid() * 1.002 - .001
 
-def ball_prior(xyz:Tensor, strength:float) -> Tensor: # (B, M, 3) -> (B, M)
+def ball_prior(xyz:Tensor, strength:float, radius:float) -> Tensor: # (B, M, 3) -> (B, M)
     "A weak push towards a solid head around the origin (ours)"
-    return (strength * (1 - xyz.square().sum(-1) / .33 ** 2)).clamp(min=-2 * strength)
+    return (strength * (1 - xyz.square().sum(-1) / radius ** 2)).clamp(min=-2 * strength)
 
 class Background(nn.Module):
     "A linear colour gradient over the image, from w (ours)"
@@ -217,10 +218,14 @@ class Generator(nn.Module):
         look = self.expand_ws(ws)[..., :self.config.look_dim]
         return Planes(self.synthesis(look).float().unflatten(1, (3, self.config.plane_channels)), look[:, -1])
 
+    def camera(self, pose:Pose) -> tuple: # cam2world (B, 4, 4), intrinsics (B, 3, 3)
+        "This generator's camera at a pose"
+        return cam2world(pose, self.config.radius, self.config.pivot), pinhole(self.config.focal, len(pose), pose.yaw.device)
+
     def field(self, planes:Planes, xyz:Tensor) -> tuple: # xyz (B, M, 3) -> raw density (B, M), values (B, M, features)
         "Density and colour at points in space"
         raw, values = self.decoder(sample_planes(planes.features, xyz, self.config.box, self.config.plane_axes))
-        return (raw + ball_prior(xyz, self.config.ball) if self.config.ball else raw), values
+        return (raw + ball_prior(xyz, self.config.ball, self.config.ball_radius) if self.config.ball else raw), values
 
     def render(self,
         planes:Planes, # from `planes(ws)`
@@ -234,8 +239,8 @@ class Generator(nn.Module):
         c, size, b = self.config, size or self.config.render_resolution, len(planes.w_last)
         if len(pose) % b: raise InputError(f"render: expected as many poses as latents (or a multiple), got {len(pose)} poses and {b} latents")
         w = planes.w_last.repeat_interleave(len(pose) // b, 0)
-        k = pinhole(c.focal, len(pose), pose.yaw.device) if intrinsics is None else intrinsics
-        o, d = rays(cam2world(pose, c.radius, c.pivot), k, size)
+        c2w, k = self.camera(pose)
+        o, d = rays(c2w, k if intrinsics is None else intrinsics, size)
         share = lambda x: x.reshape(b, -1, 3) # all views of a latent are one bundle of rays: its planes are never copied
         out = render_rays(lambda xyz: self.field(planes, xyz), share(o), share(d), c.near, c.far, c.samples, c.fine_samples, softplus_density(c.density_scale), jitter, generator)
         values, depth, weight = (x.reshape(len(pose), size * size, -1) for x in out)

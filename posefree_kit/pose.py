@@ -33,6 +33,14 @@ class PoseFreeGenerator(Generator):
         super().__init__(config)
         self.pose_learner = PoseLearner(config)
         self.name, self.sha256 = "untrained", "" # set by `load_generator`
+        self.reader = None # a discriminator, whose pose head reads poses off images
+
+    def set_reader(self, discriminator): object.__setattr__(self, "reader", discriminator) # beside the generator, not one of its parts
+
+    def read_pose(self, image:Tensor) -> Pose: # (B, 3, R, R) at the generator's resolution
+        "A first guess of an image's viewpoint by the discriminator that was trained with this generator: no estimator from outside"
+        if self.reader is None: raise InputError(f"generator {self.name!r}: expected a discriminator with a pose head to have come along, got none")
+        return self.reader.read_pose(image)
 
     def pose(self, w:Tensor) -> Pose: # (B, w_dim)
         "The viewpoint that w carries (paper, Section 3.2); always from the untruncated base w, never from per-layer ws"

@@ -94,6 +94,7 @@ class TrainConfig:
     loss:str = "nonsaturating" # or "relativistic"
     r1_gamma:float = 0.05 # weight of R1 (rule of thumb: 0.05 (resolution / 32)^2 (32 / batch))
     r1_every:int = 16 # steps between R1 (applied `r1_every` times as strongly)
+    condition_kimg:tuple = (6., 20.) # thousands of images at which the discriminator begins to judge by pose, and does so fully
     pose_weight:float = 2. # weight of the pose head's error on generated images
     flip_share:float = 0.5 # share of a fake batch rendered with yaw or pitch negated, same planes
     mean_pose_weight:float = 0.2 # pulls the mean generated pose to 0, in squared units of the starting spread; says nothing about the spread
@@ -209,6 +210,8 @@ def train_step(s:TrainState, images:UnposedImages) -> dict: # losses by name
     g = rng(s.config.seed * 1_000_003 + s.step)
     c = s.config
     sigma = c.blur_px * max(0., 1 - s.kimg / c.blur_kimg) if c.blur_kimg else 0.
+    start, full = c.condition_kimg
+    s.D.condition = min(1., max(0., (s.kimg - start) / max(full - start, 1e-6)))
     if s.D.old_rgb is not None: s.D.fade = min(1., s.kimg / c.fade_kimg) if c.fade_kimg else 1.
     real, fakes = images.batch(c.batch, g, s.device), Fakes(s, g)
     parts = d_step(s, fakes, real, sigma) | g_step(s, fakes, real, sigma, g)
