@@ -12,7 +12,7 @@ def cell_md(cell:dict) -> str:
     source = "".join(cell["source"]).strip()
     directives = re.findall(r"^#\|\s*(.+)$", source, re.M)
     if cell["cell_type"] == "markdown": return top(source)
-    if cell["cell_type"] != "code" or "hide" in directives: return ""
+    if cell["cell_type"] != "code" or {"hide", "echo: false"} & set(directives): return ""
     code = re.sub(r"^#\|.*\n?", "", source, flags=re.M).strip()
     printed = "".join("".join(o.get("text", o.get("data", {}).get("text/plain", ""))) for o in cell.get("outputs", []) if o.get("name") != "stderr")
     return f"```python\n{top(code)}\n```" + (f"\n\n```text\n{printed.strip()}\n```" if printed.strip() else "")
@@ -20,7 +20,7 @@ def cell_md(cell:dict) -> str:
 def readme() -> str: # the text of README.md
     "The README that nbs/index.ipynb makes"
     cells = json.loads((ROOT/"nbs"/"index.ipynb").read_text(encoding="utf-8"))["cells"]
-    return "<!-- Written by tools/readme.py from nbs/index.ipynb: edit that. -->\n\n" + "\n\n".join(filter(None, map(cell_md, cells))) + "\n"
+    return "<!-- Written by tools/readme.py from nbs/index.ipynb: edit that. -->\n\n" + "\n\n".join(filter(None, map(cell_md, cells))).replace("\n```\n\n```python\n", "\n\n") + "\n"
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__)
