@@ -1,0 +1,64 @@
+"Geometry that must hold from every viewpoint."
+import math
+import torch
+from hypothesis import given, settings, strategies as st
+from posefree_kit.camera import FOCAL, Pose, align_pose, cam2world, camera_position, fit_frame, intrinsics, mirror, pose_of_position, project, rays, turn, unproject
+
+angle = st.floats(-1.25, 1.25)
+
+
+@settings(deadline=None)
+@given(angle, angle, st.integers(2, 9))
+def test_out_and_back(yaw, pitch, size):
+    pose = Pose(torch.tensor([yaw]), torch.tensor([pitch]))
+    m, k = cam2world(pose), intrinsics()
+    depth = 2 + torch.rand(1, 1, size, size, generator=torch.Generator().manual_seed(0))
+    uv, dist = project(unproject(depth, m, k), m, k)
+    c = (torch.arange(size) + .5) / size
+    assert torch.allclose(uv[0].view(size, size, 2), torch.stack(torch.meshgrid(c, c, indexing="xy"), -1), atol=1e-4)
+    assert torch.allclose(dist, depth.flatten(1), atol=1e-4)
+
+
+@settings(deadline=None)
+@given(angle, angle)
+def test_position_and_pose_are_inverse(yaw, pitch):
+    pose = Pose(torch.tensor([yaw]), torch.tensor([pitch]))
+    assert torch.allclose(pose_of_position(camera_position(pose)).stack(), pose.stack(), atol=1e-4)
+    assert torch.allclose(camera_position(pose).norm(dim=-1), torch.tensor(2.7), atol=1e-4)
+    assert torch.allclose(camera_position(mirror(pose)) * torch.tensor([-1., 1, 1]), camera_position(pose), atol=1e-6)
+
+
+def test_the_middle_ray_meets_the_origin():
+    for y in (-60., 0., 45.):
+        m = cam2world(Pose.deg(y, 15.))
+        o, d = rays(m, intrinsics(), 1)
+        closest = o + d * -(o * d).sum(-1, keepdim=True)
+        assert closest.norm() < 1e-5
+
+
+def test_focal_is_eg3ds(): assert abs(FOCAL - 1 / (math.tan(math.radians(18.837) / 2) * 1.414)) < 1e-3
+
+
+def test_reference_cameras_agree():
+    "The official cam2world at known angles, if the reference is there"
+    import json, pathlib, pytest
+    ref = pathlib.Path(__file__).parents[2] / "shared/reference/ffhq128"
+    if not ref.exists(): pytest.skip("skipped: no reference")
+    from safetensors.torch import load_file
+    io, cfg = load_file(ref / "io.safetensors"), json.loads((ref / "config.json").read_text())
+    m = io["out.c2w"]
+    pivot = tuple(cfg["constructor"]["rendering_kwargs"]["avg_camera_pivot"])
+    pose = pose_of_position(m[:, :3, 3])
+    assert torch.allclose(cam2world(pose, float(m[0, :3, 3].norm()), pivot), m, atol=2e-5)
+
+
+def test_align_undoes_any_rotation():
+    g = torch.Generator().manual_seed(0)
+    true = Pose.of(torch.randn(30, 2, generator=g) * .4)
+    q, _ = torch.linalg.qr(torch.randn(3, 3, generator=g)); q = q * torch.det(q).sign()
+    moved = camera_position(true, 1.) @ q.T
+    frame = fit_frame(pose_of_position(moved), true)
+    assert torch.allclose(align_pose(pose_of_position(moved), frame).stack(), true.stack(), atol=1e-4)
+
+
+def test_turn_adds(): assert torch.allclose(turn(Pose.deg(10.), math.radians(5), math.radians(-2)).degrees(), torch.tensor([[15., -2.]]), atol=1e-4)

@@ -1,0 +1,91 @@
+"Files, shapes, seeds, configuration: what must hold for any input."
+import dataclasses, io
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from PIL import Image
+from posefree_kit.core import InputError, check_shape, config_from_dict, config_hash, config_to_dict, image_grid, load_image, resize, resolve_device, rng, save_image, whole_file
+
+
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=4))
+def test_check_shape_binds_every_letter(shape):
+    letters = "ABCD"[:len(shape)]
+    assert check_shape(torch.zeros(shape), " ".join(letters)) == dict(zip(letters, shape))
+    with pytest.raises(InputError): check_shape(torch.zeros(shape + [1]), " ".join(letters))
+
+
+@pytest.mark.parametrize("mode,ok", [("RGB", 1), ("L", 1), ("P", 1), ("CMYK", 1), ("RGBA", 1), ("LA", 1), ("1", 1), ("I;16", 0), ("F", 0)])
+def test_image_modes(tmp_path, mode, ok):
+    path = tmp_path / f"x.{'tiff' if mode in ('CMYK', 'F') else 'png'}"
+    Image.new(mode, (6, 6)).save(path)
+    if ok: assert load_image(path).shape == (1, 3, 6, 6)
+    else:
+        with pytest.raises(InputError, match="8 bits"): load_image(path)
+
+
+@pytest.mark.parametrize("data", [b"", b"text", b"\x89PNG\r\n\x1a\n" + b"\0" * 40])
+def test_not_an_image(tmp_path, data):
+    (tmp_path / "x.png").write_bytes(data)
+    with pytest.raises(InputError): load_image(tmp_path / "x.png")
+
+
+def test_truncated_jpeg(tmp_path):
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(tmp_path / "x.jpg")
+    whole = (tmp_path / "x.jpg").read_bytes()
+    (tmp_path / "x.jpg").write_bytes(whole[:len(whole) // 2])
+    with pytest.raises(InputError, match="readable"): load_image(tmp_path / "x.jpg")
+
+
+def test_bomb_is_refused_before_decoding(tmp_path):
+    import struct, zlib
+    chunk = lambda t, d: struct.pack(">I", len(d)) + t + d + struct.pack(">I", zlib.crc32(t + d))
+    head = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0))
+    (tmp_path / "b.png").write_bytes(head + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b""))
+    with pytest.raises(InputError, match="expected at most"): load_image(tmp_path / "b.png")
+
+
+def test_exif_orientation(tmp_path):
+    img = Image.new("RGB", (8, 4)); exif = img.getexif(); exif[0x0112] = 6
+    img.save(tmp_path / "x.jpg", exif=exif)
+    assert load_image(tmp_path / "x.jpg").shape == (1, 3, 8, 4)
+
+
+def test_saved_images_carry_no_metadata(tmp_path):
+    save_image(torch.zeros(1, 3, 4, 4), tmp_path / "x.png")
+    assert not Image.open(tmp_path / "x.png").info
+
+
+@settings(deadline=None)
+@given(st.integers(1, 40), st.integers(1, 40))
+def test_resize_keeps_constants(a, b):
+    assert torch.allclose(resize(torch.full((1, 3, a, a), .3), b), torch.full((1, 3, b, b), .3), atol=1e-5)
+
+
+def test_whole_file_leaves_nothing_behind(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        with whole_file(tmp_path / "a.txt") as t: t.write_text("half"); raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(InputError): 
+        with whole_file(tmp_path / "a.txt" / "b.txt" if (tmp_path / "a.txt").write_text("x") else None) as t: t.write_text("y")
+
+
+def test_config_hash_sees_every_field():
+    from posefree_kit.generator import GeneratorConfig
+    base = GeneratorConfig()
+    for f in dataclasses.fields(base):
+        if isinstance(getattr(base, f.name), float): assert config_hash(dataclasses.replace(base, **{f.name: getattr(base, f.name) + .5})) != config_hash(base), f.name
+    assert config_from_dict(GeneratorConfig, config_to_dict(base)) == base
+
+
+def test_missing_device():
+    with pytest.raises(InputError): resolve_device("cuda:77")
+    with pytest.raises(InputError): resolve_device("toaster")
+
+
+def test_rng_streams_are_independent():
+    a = rng(1); torch.randn(5); torch.manual_seed(3)
+    assert torch.equal(torch.randn(3, generator=a), torch.randn(3, generator=rng(1)))
+
+
+def test_grid_shape(): assert image_grid(torch.zeros(7, 3, 5, 5), 4, pad=1).shape == (1, 3, 11, 23)

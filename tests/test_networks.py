@@ -1,0 +1,82 @@
+"Generator, pose learner, discriminator: structure, sharing, gradients."
+import pytest
+import torch
+from posefree_kit.camera import Pose
+from posefree_kit.core import InputError
+from posefree_kit.discriminator import Discriminator, DiscriminatorConfig, grow_discriminator
+from posefree_kit.generator import AXES, Generator, GeneratorConfig, WeightedRows, pof3d_config, sample_planes, sample_planes_plain
+from posefree_kit.pose import PoseFreeGenerator
+from posefree_kit.stylegan import modulated_conv
+
+SMALL = GeneratorConfig(channels=(8, 8), plane_channels=4, render_resolution=8, samples=6)
+
+
+def test_weighted_rows_in_double_precision():
+    g = torch.Generator().manual_seed(0)
+    table, weight = torch.randn(9, 4, generator=g, dtype=torch.float64, requires_grad=True), torch.rand(5, 3, generator=g, dtype=torch.float64, requires_grad=True)
+    index = torch.randint(9, (5, 3), generator=g)
+    assert torch.autograd.gradcheck(lambda t, w: WeightedRows.apply(t, index, w), (table, weight))
+
+
+@pytest.mark.parametrize("axes", AXES)
+@pytest.mark.parametrize("shape", [(4, 4), (5, 9)])
+def test_both_ways_of_reading_planes_agree(axes, shape):
+    g = torch.Generator().manual_seed(1)
+    planes, xyz = torch.randn(2, 3, 4, *shape, generator=g), torch.rand(2, 300, 3, generator=g) * 1.6 - .8
+    assert torch.allclose(sample_planes(planes, xyz, 1., axes), sample_planes_plain(planes, xyz, 1., axes), atol=1e-5)
+
+
+def test_many_views_share_planes_exactly():
+    torch.manual_seed(0)
+    G = PoseFreeGenerator(SMALL).start()
+    planes = G.planes(G.mapping(G.draw(2)))
+    poses = Pose.deg([0., 10, -20, 30])
+    many = G.render(planes, poses)
+    for i in range(4): assert torch.allclose(many.rgb[i], G.render(planes[i // 2:i // 2 + 1], poses[[i]]).rgb[0], atol=1e-5)
+
+
+def test_intrinsics_zoom():
+    torch.manual_seed(0)
+    G = PoseFreeGenerator(SMALL).start(); w = G.mapping(G.draw(1)); pose = Pose.deg(0.)
+    c2w, k = G.camera(pose)
+    wide = k.clone(); wide[:, 0, 0] = wide[:, 1, 1] = k[0, 0, 0] / 4
+    assert G.render(G.planes(w), pose, intrinsics=wide).weight.mean() < G.render(G.planes(w), pose).weight.mean()
+
+
+@pytest.mark.parametrize("changes", [dict(superresolution="2x", features=8), dict(superresolution="8x", features=8), dict(noise=True), dict(view_dim=0), dict(fine_samples=4), dict(ball=0.), dict(background="none"), dict(plane_axes="eg3d")])
+def test_every_option_renders_and_trains(changes):
+    import dataclasses
+    torch.manual_seed(0)
+    G = PoseFreeGenerator(dataclasses.replace(SMALL, **changes)).start()
+    w = G.mapping(G.draw(1)); v = G.view(w, G.pose(w))
+    assert v.rgb.shape[-1] == G.resolution and v.rgb.isfinite().all() and v.depth.min() >= G.config.near
+    v.rgb.square().mean().backward()
+    assert G.synthesis.blocks[0].const.grad.abs().sum() > 0 and G.pose_learner.out.weight.grad.abs().sum() > 0
+
+
+def test_official_structure_has_the_public_sizes():
+    G = Generator(pof3d_config())
+    assert G.num_ws == 14 and G.config.plane_resolution == 256 and G.resolution == 256
+    assert abs(sum(p.numel() for p in G.parameters()) / 1e6 - 29.6) < .6
+
+
+def test_style_batch_is_many_single_convolutions():
+    x, w, s = torch.randn(3, 4, 6, 6), torch.randn(5, 4, 3, 3), torch.randn(3, 4)
+    for up in (False, True):
+        assert torch.allclose(modulated_conv(x, w, s, up=up), torch.cat([modulated_conv(x[i:i + 1], w, s[i:i + 1], up=up) for i in range(3)]), atol=1e-5)
+
+
+def test_pose_of_ws_is_refused():
+    G = PoseFreeGenerator(SMALL)
+    with pytest.raises(InputError): G.pose(torch.zeros(1, G.num_ws, 72))
+    with pytest.raises(InputError): G.planes(torch.zeros(1, G.num_ws + 1, 72))
+    with pytest.raises(InputError): G.read_pose(torch.zeros(1, 3, 8, 8))
+
+
+def test_growing_twice_keeps_judgement():
+    torch.manual_seed(0)
+    D = Discriminator(DiscriminatorConfig(channels=(8, 12, 16)))
+    big = grow_discriminator(D, 6)
+    x = torch.randn(4, 3, 32, 32)
+    pooled = torch.nn.functional.avg_pool2d(x, 2)
+    assert torch.allclose(big(x).score, D(pooled).score, atol=1e-5) and torch.allclose(big.read_pose(x).yaw, D.read_pose(pooled).yaw, atol=1e-5)
