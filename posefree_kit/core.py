@@ -155,6 +155,7 @@ def whole_file(
     try:
         yield tmp
         with open(tmp, "rb") as f: os.fsync(f.fileno())
+        os.chmod(tmp, 0o644)
         os.replace(tmp, path)
     except OSError as e: raise InputError(f"could not write {str(path)!r}: {e.strerror or e}") from e
     finally: tmp.unlink(missing_ok=True)

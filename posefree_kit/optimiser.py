@@ -32,7 +32,8 @@ class Schedule:
         points = self.points
         if progress <= points[0][0]: return float(points[0][1])
         for (p0, v0), (p1, v1) in zip(points, points[1:]):
-            if progress <= p1: return v0 + (v1 - v0) * (progress - p0) / max(p1 - p0, 1e-12)
+            t = (progress - p0) / max(p1 - p0, 1e-12)
+            if progress <= p1: return v0 * (1 - t) + v1 * t
         return float(points[-1][1])
     def __mul__(self, k:float): return Schedule(tuple((p, v * k) for p, v in self.points))
 
@@ -293,6 +294,7 @@ def invert(
     if state is None:
         w, starts = search_start(nets, target, config)
         state = InvertState(w)
+    else: state = state.copy()
     first = state.step
     run(nets, target, config, state, callback)
     return result(nets, config, state, dict(seconds=round(time.time() - t0, 2), steps=state.step - first, start_scores=None if starts is None else starts.tolist()))
@@ -308,4 +310,4 @@ def result(nets:Networks, config:InvertConfig, state:InvertState, more:dict) -> 
     report = dict(generator=dict(name=G.name, sha256=G.sha256, resolution=G.resolution), method="latent-only", space=config.space, preset=config.preset, config=config_hash(config), seed=config.seed, device=str(state.w.device),
                   pose=[dict(yaw_deg=round(float(y), 3), pitch_deg=round(float(p), 3)) for y, p in pose.degrees()], backends=dict(perceptual=nets.psi.name, identity=nets.phi.name),
                   stages=[dict(config_to_dict(s), losses=mean(state.trace[e])) for s, e in zip(config.stages, ends) if e is not None])
-    return Inversion(state.w, d, ws, pose, view, state.trace, report | more, state)
+    return Inversion(state.w, d, ws, pose, view, list(state.trace), report | more, state)

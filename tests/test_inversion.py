@@ -1,0 +1,143 @@
+"Losses at their limits, the optimiser's promises, checkpoints: on small fresh networks, in seconds."
+import dataclasses, json
+import pytest
+import torch
+from posefree_kit import losses
+from posefree_kit.camera import Pose
+from posefree_kit.checkpoints import load_generator, read_card, save_checkpoint, shipped
+from posefree_kit.core import InputError, config_from_dict, config_to_dict, sha256
+from posefree_kit.discriminator import Discriminator, DiscriminatorConfig
+from posefree_kit.generator import GeneratorConfig
+from posefree_kit.optimiser import DivergedError, InvertConfig, Stage, constant, invert, paper, quick, ramp, with_steps
+from posefree_kit.pose import PoseFreeGenerator
+
+
+class Pixels:
+    "psi and phi without a network"
+    name = "pixels"
+    features = staticmethod(lambda x: [x])
+    distance = staticmethod(lambda a, b, mask=None: (a - b).square().mean((1, 2, 3)))
+    embed = staticmethod(lambda x: torch.nn.functional.adaptive_avg_pool2d(x, 4).flatten(1))
+
+
+@pytest.fixture(scope="module")
+def G():
+    torch.manual_seed(0)
+    G = PoseFreeGenerator(GeneratorConfig(channels=(16, 16, 16), plane_channels=8, render_resolution=16)).start()
+    G.set_reader(Discriminator(DiscriminatorConfig(channels=(8, 8, 8))).eval())
+    return G.requires_grad_(False).eval()
+
+
+TINY = quick(stages=(Stage(5, 2, .02, False), Stage(5, 1, .01, True)), starts=2, start_steps=3, candidates=8)
+run = lambda G, image, config=TINY, **kw: invert(image, G, config, psi=Pixels, phi=Pixels, **kw)
+
+
+def test_optimisation_lowers_the_loss_and_touches_only_the_code(G):
+    before = {k: v.clone() for k, v in G.state_dict().items()}
+    w, view = G.sample(2, seed=9)
+    inv = run(G, view.rgb, with_steps(TINY, 80))
+    assert (inv.trace[-1]["rec"] < .7 * inv.trace[0]["rec"]).all()
+    assert all(torch.equal(v, G.state_dict()[k]) for k, v in before.items())
+
+
+def test_pose_is_always_f_of_w(G):
+    inv = run(G, G.sample(1, seed=2)[1].rgb)
+    assert torch.equal(inv.pose.yaw, G.pose(inv.w).yaw) and inv.deltas.abs().max() > 0
+    strict = run(G, G.sample(1, seed=2)[1].rgb, dataclasses.replace(TINY, space="w"))
+    assert strict.deltas.abs().max() == 0
+
+
+def test_same_seed_same_result_other_seed_other_start(G):
+    x = G.sample(1, seed=3)[1].rgb
+    a, b, c = run(G, x), run(G, x), run(G, x, dataclasses.replace(TINY, seed=1))
+    assert torch.equal(a.ws, b.ws) and not torch.equal(a.ws, c.ws)
+
+
+def test_batch_is_many_single_runs(G):
+    x = G.sample(3, seed=4)[1].rgb
+    together = run(G, x)
+    for i in range(3): assert torch.allclose(run(G, x[i:i + 1]).ws[0], together.ws[i], atol=1e-4)
+
+
+@pytest.mark.parametrize("stop", [0, 3, 4, 5, 8])
+def test_stop_and_continue_is_exact(G, stop):
+    x = G.sample(1, seed=5)[1].rgb
+    whole = run(G, x)
+    part = run(G, x, callback=lambda s: s.step < stop)
+    assert torch.equal(run(G, x, state=part.state).ws, whole.ws) and len(part.trace) == stop + 1
+
+
+def test_divergence_names_the_loss_and_keeps_the_last_good_state(G):
+    class Bad(Pixels):
+        calls = 0
+        @staticmethod
+        def distance(a, b, mask=None):
+            Bad.calls += 1
+            return Pixels.distance(a, b) * (float("inf") if Bad.calls > 12 else 1.)
+    with pytest.raises(DivergedError, match="rec is not finite at step") as e: invert(G.sample(1, seed=6)[1].rgb, G, TINY, psi=Bad, phi=Pixels)
+    assert e.value.state.w.isfinite().all() and e.value.state.step > 0
+
+
+@pytest.mark.parametrize("image", [torch.zeros(3, 16, 16), torch.zeros(1, 3, 16, 12), torch.full((1, 3, 16, 16), float("nan"))])
+def test_bad_images(G, image):
+    with pytest.raises(InputError): run(G, image)
+
+
+def test_presets_survive_json():
+    for c in (quick(), paper(space="w")):
+        d = json.loads(json.dumps(config_to_dict(c)))
+        assert d["stages"][0]["steps"] == c.stages[0].steps and d["mv"]["points"][-1][1] == c.mv(1)
+    assert sum(s.steps for s in paper().stages) == 1000
+    for bad in (dict(space="z"), dict(stages=()), dict(mv_every=0), dict(starts=0)):
+        with pytest.raises(InputError): quick(**bad)
+
+
+def test_multiview_is_zero_without_offset_and_sees_every_image_alone(G):
+    w, view = G.sample(2, seed=7); planes, pose = G.planes(w), G.pose(w)
+    f = lambda pl, v, p, off: losses.multiview(G, pl, v, p, off, Pixels.features)
+    assert f(planes, view, pose, Pose.deg([0.])).max() < 1e-4
+    both = f(planes, view, pose, Pose.deg([-8., 8.]))
+    one = f(planes[1:], type(view)(*(x[1:] for x in view)), pose[[1]], Pose.deg([-8., 8.]))
+    assert torch.allclose(both[1:], one, atol=1e-6) and both.min() > 0
+
+
+def test_a_shifted_depth_is_not_visible():
+    "depths that disagree by more than the tolerance never count"
+    G = PoseFreeGenerator(GeneratorConfig(channels=(8, 8), plane_channels=4, render_resolution=8))
+    cam = G.camera(Pose.deg(0.)); d = torch.full((1, 1, 8, 8), 2.7)
+    ok = losses.warp_to_reference(torch.zeros(1, 3, 8, 8), d, d, torch.ones_like(d), cam, cam)[1]
+    assert ok.mean() == 1
+    assert losses.warp_to_reference(torch.zeros(1, 3, 8, 8), d + .05, d, torch.ones_like(d), cam, cam)[1].max() == 0
+    assert losses.warp_to_reference(torch.zeros(1, 3, 8, 8), d, d, .4 * torch.ones_like(d), cam, cam)[1].max() == 0
+
+
+def test_geometry_is_scale_free_and_zero_when_flat():
+    d, m = torch.rand(2, 1, 8, 8), torch.ones(2, 1, 8, 8)
+    assert torch.allclose(losses.geometry(d, m, 0, 1, 0.), losses.geometry(3 * d, m, 0, 3, 0.), atol=1e-6)
+    assert losses.geometry(torch.ones_like(d), m, 0, 1).max() == 0
+    assert torch.isclose(losses.geometry(d, m, 0, 1, 0.)[0], (d[0].diff(dim=-1).abs().mean() + d[0].diff(dim=-2).abs().mean()), atol=1e-6)
+
+
+def test_checkpoint_round_trip_and_damage(G, tmp_path):
+    f = save_checkpoint(tmp_path / "g", G, G.reader, dict(note="x"))
+    H = load_generator(f, "cpu")
+    w = G.mapping(G.draw(1)); assert (H.view(w, H.pose(w)).rgb - G.view(w, G.pose(w)).rgb).abs().max() < .05
+    assert read_card(f)["note"] == "x" and H.sha256 == sha256(f)
+    data = bytearray(f.read_bytes()); data[-3] ^= 255; f.write_bytes(data)
+    with pytest.raises(InputError, match="SHA-256"): load_generator(f, "cpu")
+    f.with_suffix(".json").unlink()
+    with pytest.raises(InputError, match="model card"): load_generator(f, "cpu")
+
+
+def test_every_shipped_generator_loads_and_is_small():
+    assert "portraits" in shipped()
+    for name in shipped():
+        G = load_generator(name, "cpu")
+        assert read_card(name)["bytes"] < 12e6 and G.resolution >= 64 and G.reader is not None
+        w, v = G.sample(1, seed=0)
+        assert v.rgb.isfinite().all() and v.weight.max() > .9 and 5 < G.pose(G.mapping(G.draw(512))).degrees()[:, 0].std() < 60
+
+
+def test_schedules():
+    s = ramp((0, 1), (.5, 3), (1, 0))
+    assert [s(x) for x in (0, .25, .5, .75, 1)] == [1, 2, 3, 1.5, 0] and constant(2)(.3) == 2

@@ -1,0 +1,78 @@
+"The trainer's promises, on networks of a few thousand parameters."
+import inspect, json
+import pytest
+import torch
+from posefree_kit.core import InputError
+from posefree_kit.discriminator import DiscriminatorConfig
+from posefree_kit.generator import GeneratorConfig
+from posefree_kit.training import TrainConfig, UnposedImages, fit, grow, load_state, new_state, train_step
+
+G8, D8 = GeneratorConfig(channels=(8, 8), plane_channels=4, render_resolution=8, samples=6), DiscriminatorConfig(channels=(8, 8))
+C = TrainConfig(batch=4, hold_kimg=0.)
+
+
+@pytest.fixture(scope="module")
+def images(): return UnposedImages(torch.randint(256, (16, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)))
+
+
+def test_no_label_can_reach_training(images):
+    assert set(vars(images)) == {"images", "mirror", "resolution"} and images.images.dtype == torch.uint8
+    assert list(inspect.signature(train_step).parameters) == ["s", "images"]
+    assert isinstance(images.batch(3, torch.Generator()), torch.Tensor)
+
+
+@pytest.mark.parametrize("changes", [dict(), dict(loss="relativistic"), dict(bf16=False), dict(r1_every=1, density_every=1)])
+def test_steps_are_finite_and_move_everything(images, changes):
+    import dataclasses
+    s = new_state(G8, D8, dataclasses.replace(C, **changes))
+    before = [p.clone() for p in list(s.G.parameters()) + list(s.D.parameters())]
+    for _ in range(2): parts = train_step(s, images)
+    assert all(torch.isfinite(torch.tensor(v)) for v in parts.values())
+    still = [i for i, (a, b) in enumerate(zip(before, list(s.G.parameters()) + list(s.D.parameters()))) if torch.equal(a, b)]
+    names = [n for n, _ in s.G.named_parameters()] + [n for n, _ in s.D.named_parameters()]
+    assert all("embed_pose" in names[i] or names[i] == "real.bias" and s.config.loss == "relativistic" for i in still)   # the pose embedding waits for `condition_kimg`; a common bias cancels in differences
+
+
+def test_the_pose_learner_is_held(images):
+    s = new_state(G8, D8, TrainConfig(batch=4, hold_kimg=1.))
+    before = s.G.pose_learner.out.weight.clone(); train_step(s, images)
+    assert torch.equal(before, s.G.pose_learner.out.weight)
+
+
+def test_kill_and_resume_is_exact(images, tmp_path):
+    class Stop(Exception): pass
+    def killer(s):
+        if s.seen == 12: raise Stop
+    whole = fit(images, tmp_path / "a", G8, D8, C, kimg=.024, progress=False, device="cpu")
+    fit(images, tmp_path / "b", G8, D8, C, kimg=.012, progress=False, device="cpu")
+    b = fit(images, tmp_path / "b", G8, D8, C, kimg=.024, progress=False, device="cpu")
+    assert all(torch.equal(x, y) for x, y in zip(whole.ema.parameters(), b.ema.parameters())) and whole.seen == b.seen == 24
+    assert all(torch.equal(x, y) for x, y in zip(whole.D.parameters(), b.D.parameters()))
+    assert [json.loads(l)["kimg"] for l in (tmp_path / "b/log.jsonl").read_text().splitlines()] == [.012, .024]
+
+
+def test_a_damaged_state_is_refused(tmp_path):
+    (tmp_path / "state.pt").write_bytes(b"not a state")
+    with pytest.raises(InputError): load_state(tmp_path / "state.pt")
+
+
+def test_growing_keeps_the_pictures(images):
+    s = new_state(G8, D8, C); train_step(s, images)
+    big = grow(s, 6, 6, C)
+    w, small = s.ema.sample(2, seed=0)
+    with torch.no_grad(): large = big.G.view(w, big.G.pose(w))
+    assert (torch.nn.functional.avg_pool2d(large.rgb, 2) - small.rgb).abs().mean() < .1
+    assert train_step(big, UnposedImages(torch.randint(256, (8, 3, 16, 16), dtype=torch.uint8)))
+
+
+def test_held_out_people_cannot_be_trained_on():
+    with pytest.raises(InputError): UnposedImages.portraits(2, 8, first=9_999_999)
+
+
+def test_folder_of_pictures(tmp_path):
+    from PIL import Image
+    with pytest.raises(InputError, match="holds none"): UnposedImages.folder(tmp_path, 8)
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "a.png")
+    assert UnposedImages.folder(tmp_path, 8).images.shape == (1, 3, 8, 8)
+    (tmp_path / "b.png").write_text("no picture")
+    with pytest.raises(InputError): UnposedImages.folder(tmp_path, 8)
