@@ -4,7 +4,7 @@ SHELL := /bin/sh
 .PHONY: help setup demo test lab chapters export docs clean
 BIN := .venv/bin
 # The environment is rebuilt when the requirements (or the folder's place) change; otherwise a second run starts at once.
-STAMP := .venv/.setup-$(shell (pwd; cat settings.ini setup.py pyproject.toml) | cksum | cut -d' ' -f1)
+STAMP := .venv/.setup-$(shell (pwd; cat settings.ini setup.py) | cksum | cut -d' ' -f1)
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$p && break; done)
 PORTRAIT ?= $(firstword $(sort $(wildcard data/*.png)))
@@ -31,21 +31,21 @@ demo: setup ## invert a portrait with the shipped generator: make demo [PORTRAIT
 		&& ls out/demo/$(basename $(notdir $(PORTRAIT)))
 
 test: setup ## library and notebooks agree, every chapter executes, pytest
-	@rc=0; $(RUN) $(BIN)/python tools/agree.py || rc=1; $(RUN) $(BIN)/python tools/chapters.py || rc=1; \
-		$(RUN) $(BIN)/python -m pytest -n 2 || rc=1; exit $$rc
+	@rc=0; $(RUN) $(BIN)/python tests/tools/agree.py || rc=1; $(RUN) $(BIN)/python tests/tools/chapters.py || rc=1; \
+		$(RUN) $(BIN)/python -m pytest -n 2 tests || rc=1; exit $$rc
 
 lab: setup ## read and run the chapters in JupyterLab
 	$(BIN)/python -m jupyterlab --LabApp.default_url=/lab/tree/nbs/index.ipynb
 
 chapters: setup ## execute the chapters in place and keep their pictures: make chapters [NAMES="01_camera 05_generator"]
-	$(RUN) $(BIN)/python tools/chapters.py --save $(NAMES)
-	@$(BIN)/python tools/readme.py
+	$(RUN) $(BIN)/python tests/tools/chapters.py --save $(NAMES)
+	@$(BIN)/python tests/tools/readme.py
 
 export: setup ## notebooks -> posefree_kit/*.py and README.md, after an edit
-	$(BIN)/nbdev_export && $(BIN)/nbdev_clean && $(BIN)/python tools/readme.py
+	$(BIN)/nbdev_export && $(BIN)/nbdev_clean && $(BIN)/python tests/tools/readme.py
 
 docs: setup ## the site in _docs/: by Quarto where it is installed, plain pages otherwise
-	$(BIN)/python tools/docs.py
+	$(BIN)/python tests/tools/docs.py
 
 clean: ## remove what was built (not .venv)
 	rm -rf _proc _docs out build dist *.egg-info .pytest_cache .ruff_cache .hypothesis nbs/nbdev.yml nbs/plotly.min.js nbs/.last_checked

@@ -159,7 +159,7 @@ def sidebar(path:Path) -> list:
 
 def test_the_site_processes(tmp_path):
     with tree_copy() as copy:
-        code = f"import sys; sys.path.insert(0, {str(copy/'tools')!r}); from docs import process; from pathlib import Path; print(process(Path({str(copy)!r})))"
+        code = f"import sys; sys.path.insert(0, {str(copy/'tests/tools')!r}); from docs import process; from pathlib import Path; print(process(Path({str(copy)!r})))"
         proc = Path(python(code, cwd=copy).split("\n")[-2])
         assert (proc/"_quarto.yml").read_text() == (ROOT/"nbs"/"_quarto.yml").read_text() and (copy/"nbs"/"nbdev.yml").exists()
         assert (proc/"plotly.min.js").exists()
@@ -173,7 +173,7 @@ def test_no_file_names_a_machine():
     "Home folders, this clone's own path, and the paths that warnings print"
     bad = re.compile("|".join([r"/(?:home|Users)/\w", "/" + "root/", re.escape(f"{ROOT}/"), "/tmp/" + "ipykernel_", "site-" + "packages/"]))
     files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split("\n") if (ROOT/".git").exists() else \
-        [p.relative_to(ROOT).as_posix() for folder in ("nbs", "posefree_kit", "tests", "tools", "data") for p in (ROOT/folder).rglob("*")]
+        [p.relative_to(ROOT).as_posix() for folder in ("nbs", "posefree_kit", "tests", "data") for p in (ROOT/folder).rglob("*")]
     hits = []
     for name in filter(lambda n: Path(n).suffix in {".py", ".md", ".ipynb", ".json", ".yml", ".toml", ".ini", ".csv", ".txt", ""} and (ROOT/n).is_file(), files):
         text = (ROOT/name).read_text(encoding="utf-8", errors="ignore")

@@ -20,7 +20,7 @@ def cell_md(cell:dict) -> str:
 def readme() -> str: # the text of README.md
     "The README that nbs/index.ipynb makes"
     cells = json.loads((ROOT/"nbs"/"index.ipynb").read_text(encoding="utf-8"))["cells"]
-    return "<!-- Written by tools/readme.py from nbs/index.ipynb: edit that. -->\n\n" + "\n\n".join(filter(None, map(cell_md, cells))).replace("\n```\n\n```python\n", "\n\n") + "\n"
+    return "<!-- Written by tests/tools/readme.py from nbs/index.ipynb: edit that. -->\n\n" + "\n\n".join(filter(None, map(cell_md, cells))).replace("\n```\n\n```python\n", "\n\n") + "\n"
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__)
