@@ -102,9 +102,9 @@ class GeneratorConfig:
     radius:float = RADIUS # camera distance
     focal:float = FOCAL # focal length in image widths
     pivot:tuple = (0., 0., 0.) # the point that the camera looks at
-    near:float = 2.25 # where rays start
-    far:float = 3.15 # where rays end
-    samples:int = 12 # coarse samples a ray
+    near:float = 2.38 # where rays start
+    far:float = 3.05 # where rays end
+    samples:int = 16 # coarse samples a ray (too few show as onion skins: see below)
     fine_samples:int = 0 # importance samples a ray
     render_resolution:int = 32 # pixels a side of the volume rendering
     superresolution:str = "none" # "none", "2x", "4x", "8x", "8xdc"
@@ -261,5 +261,5 @@ def pof3d_config(width:int=512, superresolution:str="4x", **changes) -> Generato
     "The structure of PoF3D's public FFHQ generator (Shi et al. 2023)"
     channels = tuple(min(32768 * width // 512 // r, width) for r in (4, 8, 16, 32, 64, 128, 256))
     base = dict(z_dim=width, w_dim=width, view_dim=0, mapping_layers=2, mapping_rate=.01, channels=channels, noise=True, plane_channels=32, plane_axes="eg3d", box=1., decoder_hidden=64,
-                decoder_act="softplus", features=32, density_scale=1., ball=0., background="none", pivot=(0., 0., .2), far=3.3, samples=48, fine_samples=48, render_resolution=64, superresolution=superresolution)
+                decoder_act="softplus", features=32, density_scale=1., ball=0., background="none", pivot=(0., 0., .2), near=2.25, far=3.3, samples=48, fine_samples=48, render_resolution=64, superresolution=superresolution)
     return GeneratorConfig(**{**base, **changes})
