@@ -1,0 +1,261 @@
+"The command line: every file of an inversion, and every way in which a call can be wrong, by its one-line error and exit code."
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import skimage.data
+import torch
+import trimesh
+from PIL import Image
+from safetensors import safe_open
+from typer.testing import CliRunner
+
+from posefree_kit import cli, optimiser
+from posefree_kit.checkpoints import load_generator, save_checkpoint
+from posefree_kit.core import InputError, load_image, save_json, sha256
+from posefree_kit.discriminator import Discriminator, DiscriminatorConfig
+from posefree_kit.generator import GeneratorConfig
+from posefree_kit.pose import PoseFreeGenerator
+from posefree_kit.portraits import portrait
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    "A folder with a small untrained generator and a portrait"
+    folder = tmp_path_factory.mktemp("cli")
+    torch.manual_seed(0)
+    G = PoseFreeGenerator(GeneratorConfig(channels=(16, 16, 16), plane_channels=8, decoder_hidden=16, render_resolution=16, samples=8)).start(0)
+    save_checkpoint(folder/"small.safetensors", G, Discriminator(DiscriminatorConfig(channels=(16, 16, 16), group=1)))
+    from posefree_kit.core import save_image
+    save_image(portrait(10_000_000, 32).image, folder/"a.png")
+    return folder
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    "The preset quick, with a start search of a moment"
+    monkeypatch.setitem(optimiser.PRESETS, "quick", lambda **changes: optimiser.quick(**{**dict(candidates=16, starts=2, start_steps=1), **changes}))
+
+def posefree(*args):
+    "Run in this process: exit code, stdout, lines of stderr"
+    r = CliRunner().invoke(cli.app, [str(a) for a in args])
+    assert r.exception is None or isinstance(r.exception, SystemExit), repr(r.exception)
+    return r.exit_code, r.stdout, [line for line in r.stderr.splitlines() if line.strip()]
+
+def invert(home, *images, out, extra=()):
+    return posefree("invert", *images, "--out", out, "--generator", home/"small.safetensors", "--device", "cpu", "--steps", 2, "--no-progress", *extra)
+
+LIGHT = ("--no-mesh", "--no-video")
+
+def error(result, *contains):
+    code, _, err = result
+    assert code == 2 and len(err) == 1 and err[0].startswith("error: "), result
+    for text in contains: assert text in err[0], err[0]
+    return err[0]
+
+def test_every_file_is_written_and_whole(home, tmp_path):
+    code, said, err = invert(home, home/"a.png", out=tmp_path)
+    folder = tmp_path/"a"
+    assert code == 0 and "PSNR" in said and not [e for e in err if "error" in e]
+    expected = set(cli.FILES) - ({"mesh.glb"} if any("no mesh.glb" in e for e in err) else set())
+    assert {p.name for p in folder.iterdir()} == expected
+    assert Image.open(folder/"reconstruction.png").size == (16, 16)
+    for name in ("comparison.png", "depth.png"): Image.open(folder/name).verify()
+    if "mesh.glb" in expected: assert len(trimesh.load(folder/"mesh.glb", force="mesh").faces) > 100
+
+def test_the_report_has_the_fields_that_were_promised(home, tmp_path):
+    invert(home, home/"a.png", out=tmp_path, extra=LIGHT)
+    report = json.loads((tmp_path/"a"/"report.json").read_text())
+    assert list(report) == "image generator method space preset seed device seconds steps pose backends metrics stages".split()
+    assert set(report["generator"]) == {"name", "sha256", "resolution"} and set(report["pose"]) == {"yaw_deg", "pitch_deg"} and set(report["backends"]) == {"perceptual", "identity"}
+    assert set(report["metrics"]) == set("mse psnr lpips id ms_ssim ms_ssim_dist depth_std".split())
+    assert report["steps"] == 2 and report["space"] == "w+" and report["preset"] == "quick" and report["generator"]["sha256"] == sha256(home/"small.safetensors")
+    made = load_image(tmp_path/"a"/"reconstruction.png")
+    truth = load_image(home/"a.png", 16)
+    assert report["metrics"]["mse"] == pytest.approx(float((made - truth).square().mean()), abs=2e-3)
+
+def test_the_latent_gives_the_same_picture_again(home, tmp_path):
+    invert(home, home/"a.png", out=tmp_path, extra=LIGHT)
+    t, meta = cli.load_latent(tmp_path/"a"/"latent.safetensors")
+    G = load_generator(home/"small.safetensors", "cpu")
+    picture = G.view(t["ws"], G.pose(t["w"])).rgb.clamp(-1, 1)
+    assert (picture - load_image(tmp_path/"a"/"reconstruction.png")).abs().max() < .01
+    assert torch.allclose(G.pose(t["w"]).stack(), t["pose"], atol=1e-5)
+    assert meta["generator"]["sha256"] == G.sha256 and meta["config"]["stages"][0]["steps"] == 1 and len(meta["config_hash"]) == 12
+
+def test_the_same_seed_gives_the_same_result(home, tmp_path):
+    for out in ("x", "y"): invert(home, home/"a.png", out=tmp_path/out, extra=LIGHT)
+    invert(home, home/"a.png", out=tmp_path/"z", extra=(*LIGHT, "--seed", 5))
+    w = [cli.load_latent(tmp_path/out/"a"/"latent.safetensors")[0]["w"] for out in "xyz"]
+    assert torch.equal(w[0], w[1]) and not torch.equal(w[0], w[2])
+
+def test_space_w_has_no_deltas(home, tmp_path):
+    invert(home, home/"a.png", out=tmp_path, extra=(*LIGHT, "--space", "w"))
+    assert not cli.load_latent(tmp_path/"a"/"latent.safetensors")[0]["deltas"].any()
+
+def test_results_are_not_lost_by_accident(home, tmp_path):
+    assert invert(home, home/"a.png", out=tmp_path, extra=LIGHT)[0] == 0
+    before = (tmp_path/"a"/"report.json").stat().st_mtime_ns
+    error(invert(home, home/"a.png", out=tmp_path, extra=LIGHT), "expected no results in", "--resume", "--overwrite")
+    code, said, _ = invert(home, home/"a.png", out=tmp_path, extra=(*LIGHT, "--resume"))
+    assert code == 0 and "skipped" in said and (tmp_path/"a"/"report.json").stat().st_mtime_ns == before
+    error(invert(home, home/"a.png", out=tmp_path, extra=(*LIGHT, "--resume", "--seed", 3)), "some made with seed 0")
+    error(invert(home, home/"a.png", out=tmp_path, extra=(*LIGHT, "--resume", "--overwrite")), "got both")
+    assert invert(home, home/"a.png", out=tmp_path, extra=(*LIGHT, "--overwrite"))[0] == 0 and (tmp_path/"a"/"report.json").stat().st_mtime_ns > before
+
+def test_resume_does_what_is_not_complete(home, tmp_path):
+    invert(home, home/"a.png", out=tmp_path, extra=LIGHT)
+    (tmp_path/"a"/"report.json").write_text('{"image": ')
+    code, said, _ = invert(home, home/"a.png", out=tmp_path, extra=(*LIGHT, "--resume"))
+    assert code == 0 and "skipped" not in said and cli.complete(tmp_path/"a"/"report.json")
+
+def test_bad_images_fail_alone(home, tmp_path):
+    good, bad = Image.open(home/"a.png").convert("RGB"), tmp_path/"bad"
+    bad.mkdir()
+    (bad/"empty.png").touch(); (bad/"text.png").write_text("this is a text")
+    good.save(bad/"cut.jpg"); (bad/"cut.jpg").write_bytes((bad/"cut.jpg").read_bytes()[:700])
+    Image.fromarray(np.zeros((32, 32), "uint16")).save(bad/"sixteen.png"); good.crop((0, 0, 32, 20)).save(bad/"wide.png")
+    Image.new("1", (30_000, 30_000)).save(bad/"huge.png")
+    (bad/"folder.png").mkdir()
+    expected = {"missing.png": "no such file", "empty.png": "the file is empty", "text.png": "expected a readable image file", "cut.jpg": "truncated", "sixteen.png": "8 bits a channel",
+                "wide.png": "expected a square image", "huge.png": "64,000,000 pixels", "folder.png": "a folder"}
+    code, said, err = invert(home, *(bad/n for n in expected), home/"a.png", out=tmp_path/"o", extra=LIGHT)
+    assert code == 2 and "1 of 9 images done, 8 failed" in said and cli.complete(tmp_path/"o"/"a"/"report.json")
+    errors = [e for e in err if e.startswith("error: ")]
+    assert len(errors) == len(err) - sum(e.startswith("note: ") for e in err) == 8
+    for line, (name, text) in zip(errors, expected.items()): assert name in line and text in line and "expected" in line, line
+    assert [p.name for p in (tmp_path/"o").iterdir()] == ["a"]                  # a bad image leaves no folder behind
+
+@pytest.mark.parametrize("mode", ("CMYK", "P", "RGBA", "LA", "L", "1"))
+def test_other_kinds_of_images_are_converted(home, tmp_path, mode):
+    path = tmp_path/f"x.{'jpg' if mode == 'CMYK' else 'png'}"
+    Image.open(home/"a.png").convert(mode).save(path)
+    assert invert(home, path, out=tmp_path/"o", extra=LIGHT)[0] == 0 and (tmp_path/"o"/"x"/"report.json").exists()
+
+def test_names_may_be_strange(home, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = ("-dash.png", "größe 名 x.png", "a.b.png", "$x^$_.png")
+    for n in names: shutil.copy(home/"a.png", n)
+    code, _, err = posefree("invert", "--out", "o", "--generator", home/"small.safetensors", "--steps", 1, "--no-progress", *LIGHT, "--", *names)
+    assert code == 0, err
+    assert sorted(p.name for p in Path("o").iterdir()) == sorted(("-dash", "größe 名 x", "a.b", "$x^$_"))
+
+def test_one_name_twice_is_told(home, tmp_path):
+    (tmp_path/"other").mkdir(); shutil.copy(home/"a.png", tmp_path/"other"/"a.png")
+    code, said, err = invert(home, home/"a.png", tmp_path/"other"/"a.png", out=tmp_path/"o", extra=LIGHT)
+    assert code == 2 and "1 of 2" in said and any("images of different names" in e and "other" in e for e in err)
+
+@pytest.mark.parametrize("args, text", [
+    (("--steps", 0), "expected at least 1 step, got 0"), (("--steps", -3), "at least 1 step"), (("--preset", "slow"), "expected a preset among quick, paper; got 'slow'"),
+    (("--space", "z"), "got 'z'"), (("--generator", "nobody"), "expected a generator"), (("--device", "cuda:7"), "expected a device"), (("--device", "toaster"), "expected a device"),
+    (("--perceptual", "nothing"), "nothing"), (("--identity", "nothing"), "nothing"), (("--background", "blue", "--align"), "keep or plain"), (("--resume", "--overwrite"), "got both")], ids=lambda v: " ".join(map(str, v)) if isinstance(v, tuple) else "")
+def test_wrong_options_stop_the_call(home, tmp_path, args, text):
+    error(posefree("invert", home/"a.png", "--out", tmp_path/"o", *(() if "--generator" in args else ("--generator", home/"small.safetensors")), "--no-progress", *args), text)
+    assert not list((tmp_path/"o").glob("*"))
+
+def test_an_output_folder_that_cannot_be_written(home, tmp_path):
+    (tmp_path/"file").write_text("x")
+    for out in (tmp_path/"file", tmp_path/"file"/"below"): error(invert(home, home/"a.png", out=out), "expected a folder that can be written")
+    if os.geteuid():                                                            # root may write anywhere
+        (tmp_path/"locked").mkdir(mode=0o500)
+        error(invert(home, home/"a.png", out=tmp_path/"locked"), "expected a folder that can be written")
+
+def test_a_damaged_checkpoint_is_refused(home, tmp_path):
+    for suffix in (".safetensors", ".json"): shutil.copy(home/f"small{suffix}", tmp_path/f"cut{suffix}")
+    data = (tmp_path/"cut.safetensors").read_bytes()
+    call = lambda: posefree("invert", home/"a.png", "--out", tmp_path/"o", "--generator", tmp_path/"cut.safetensors", "--device", "cpu", "--no-progress")
+    (tmp_path/"cut.safetensors").write_bytes(data[:len(data) // 2]); error(call(), "SHA-256")
+    card = json.loads((tmp_path/"cut.json").read_text())
+    save_json(card | dict(sha256=sha256(tmp_path/"cut.safetensors")), tmp_path/"cut.json"); error(call(), "whole .safetensors")
+    (tmp_path/"cut.safetensors").write_bytes(data); error(call(), "SHA-256")
+    (tmp_path/"cut.json").unlink(); error(call(), "model card")
+
+@pytest.fixture(scope="module")
+def photo(home):
+    Image.fromarray(skimage.data.astronaut()).save(home/"astronaut.png")
+    return home/"astronaut.png"
+
+def test_a_photograph_goes_through(home, photo, tmp_path):
+    code, _, err = invert(home, photo, out=tmp_path, extra=(*LIGHT, "--align", "--background", "plain"))
+    assert code == 0 and Image.open(tmp_path/"astronaut"/"aligned.png").size == (256, 256)
+    known = cli.load_latent(tmp_path/"astronaut"/"latent.safetensors")[1]["aligned"]
+    assert known["faces_found"] == 1 and abs(known["landmarks"][0][0] - 205) < 4
+
+def test_no_face_and_two_faces(home, photo, tmp_path):
+    Image.new("RGB", (200, 120), "grey").save(tmp_path/"wall.png")
+    face = Image.open(photo)
+    pair = Image.new("RGB", (812, 512)); pair.paste(face, (0, 0)); pair.paste(face.resize((300, 300)), (512, 0)); pair.save(tmp_path/"pair.png")
+    code, _, err = invert(home, tmp_path/"wall.png", tmp_path/"pair.png", out=tmp_path/"o", extra=(*LIGHT, "--align"))
+    assert code == 2 and any("wall.png" in e and "expected a picture with a face, found none" in e for e in err)
+    assert any(e.startswith("note: ") and "2 faces found, took the largest" in e for e in err) and cli.complete(tmp_path/"o"/"pair"/"report.json")
+
+def test_render(home, tmp_path):
+    invert(home, home/"a.png", out=tmp_path, extra=LIGHT)
+    latent, render = tmp_path/"a"/"latent.safetensors", lambda *a: posefree("render", *a, "--generator", home/"small.safetensors", "--device", "cpu")
+    assert render(latent, "--out", tmp_path/"v.png", "--yaw-deg", 20, "--pitch-deg", -5, "--size", 64)[0] == 0 and Image.open(tmp_path/"v.png").size == (64, 64)
+    assert render(latent, "--out", tmp_path/"views", "--yaw-deg", -20, "--yaw-deg", 20, "--size", 32)[0] == 0 and len(list((tmp_path/"views").glob("*.png"))) == 2
+    assert (np.array(Image.open(sorted((tmp_path/"views").glob("*"))[0])) != np.array(Image.open(sorted((tmp_path/"views").glob("*"))[1]))).any()
+    error(render(latent, "--out", tmp_path/"v.txt"), "expected --out")
+    error(render(latent, "--out", tmp_path/"v.png", "--size", 4), "expected a size")
+    error(render(latent, "--out", tmp_path/"v.png", "--yaw-deg", 400), "within 89 degrees")
+    error(render(tmp_path/"none.safetensors", "--out", tmp_path/"v.png"), "no such file")
+    error(render(home/"small.safetensors", "--out", tmp_path/"v.png"), "expected a file of format")
+    (tmp_path/"cut.safetensors").write_bytes(latent.read_bytes()[:300]); error(render(tmp_path/"cut.safetensors", "--out", tmp_path/"v.png"), "expected a whole latent")
+
+def test_a_latent_goes_with_its_generator(home, tmp_path):
+    invert(home, home/"a.png", out=tmp_path, extra=LIGHT)
+    torch.manual_seed(1)
+    save_checkpoint(tmp_path/"other.safetensors", PoseFreeGenerator(GeneratorConfig(channels=(16, 16, 16), plane_channels=8, decoder_hidden=16, render_resolution=16, samples=8)))
+    error(posefree("render", tmp_path/"a"/"latent.safetensors", "--out", tmp_path/"v.png", "--generator", tmp_path/"other.safetensors"), "expected the generator that the latent was made with")
+
+def test_portraits(tmp_path):
+    assert posefree("portraits", "--n", 2, "--out", tmp_path/"p", "--size", 32, "--yaw-deg", 15)[0] == 0
+    records = json.loads((tmp_path/"p"/"portraits.json").read_text())
+    assert [r["seed"] for r in records] == [10_000_000, 10_000_001] and records[0]["yaw_deg"] == pytest.approx(15, abs=.01) and Image.open(tmp_path/"p"/records[1]["file"]).size == (32, 32)
+    error(posefree("portraits", "--out", tmp_path/"p"), "--overwrite")
+    error(posefree("portraits", "--n", 0, "--out", tmp_path/"q"), "expected 1 to")
+    error(posefree("portraits", "--size", 1, "--out", tmp_path/"q"), "expected a size")
+
+def test_train_exports_a_generator_that_loads(tmp_path):
+    train = lambda out, *a: posefree("train", "--out", out, "--device", "cpu", "--no-progress", *a)
+    code, said, err = train(tmp_path/"r", "--kimg", .016, "--portraits", 12, "--size", 16, "--batch", 8)
+    assert code == 0, err
+    G, card = load_generator(tmp_path/"r"/"generator.safetensors", "cpu"), json.loads((tmp_path/"r"/"generator.json").read_text())
+    assert G.resolution == 16 and card["kimg"] == .016 and "12 simulated portraits" in card["data"]
+    error(train(tmp_path/"r", "--kimg", 1), "--resume goes on")
+    error(train(tmp_path/"s", "--kimg", 1, "--resume"), "expected a run to go on with")
+    error(train(tmp_path/"s"), "expected a budget above 0", "none")
+    error(train(tmp_path/"s", "--minutes", 0), "--minutes 0")
+    error(train(tmp_path/"s", "--kimg", 1, "--size", 48), "expected a size")
+    error(train(tmp_path/"s", "--kimg", 1, "--images", tmp_path/"nothing"), "expected a folder with images")
+    error(train(tmp_path/"s", "--kimg", 1, "--grow-from", tmp_path/"nothing"), "expected the folder of a run")
+    assert not (tmp_path/"s").exists()
+
+def test_train_on_a_folder(home, tmp_path):
+    (tmp_path/"pictures").mkdir()
+    for i in range(3): shutil.copy(home/"a.png", tmp_path/"pictures"/f"{i}.png")
+    code, _, err = posefree("train", "--out", tmp_path/"r", "--images", tmp_path/"pictures", "--kimg", .008, "--size", 16, "--batch", 8, "--device", "cpu", "--no-progress")
+    assert code == 0, err
+    card = json.loads((tmp_path/"r"/"generator.json").read_text())
+    assert card["images"] == 3 and str(tmp_path) not in json.dumps(card)        # a card that is passed on names no folder
+
+def test_doctor_says_what_is_there():
+    code, said, _ = posefree("doctor")
+    assert "torch" in said and "MTCNN" in said and "generator portraits" in said and "encoder portrait-eval" in said
+    assert code == (1 if "broken" in said else 0)
+
+def test_the_function_is_the_command(home, tmp_path):
+    outcome = cli.invert([home/"a.png"], tmp_path, generator=str(home/"small.safetensors"), device="cpu", steps=1, mesh=False, video=False, progress=False)
+    assert outcome.exit_code == 0 and outcome.reports[0]["steps"] == 1
+    with pytest.raises(InputError, match="at least 1 step"): cli.invert([home/"a.png"], tmp_path, steps=0)
+
+def test_help_is_quick_and_complete():
+    p = subprocess.run([sys.executable, "-c", "import sys; from posefree_kit.cli import app\ntry: app(['--help'])\nfinally: print(sorted({'torch', 'numpy', 'PIL'} & set(sys.modules)))"], capture_output=True, text=True)
+    assert p.returncode == 0 and p.stdout.strip().endswith("[]")
+    for name in ("invert", "render", "portraits", "train", "doctor"): assert name in p.stdout and posefree(name, "--help")[0] == 0
+    options = posefree("invert", "--help")[1]
+    from posefree_kit.optimiser import InvertConfig
+    assert all(f"--{word} " in options for word in ("preset", "space", "seed", "perceptual", "identity")) and {"preset", "space", "seed", "perceptual", "identity"} <= set(InvertConfig.__dataclass_fields__)
