@@ -18,7 +18,7 @@ from .camera import Pose, cam2world, intrinsics, project, unproject
 from .core import InputError, check_shape, resize, whole_file
 from .rendering import softplus_density
 
-# %% ../nbs/16_viewer.ipynb #ff189cb8
+# %% ../nbs/16_viewer.ipynb #d0befddc
 def look(
     generator, # has `planes`, `render`, `config`
     planes, # from `generator.planes(ws)`, one latent
@@ -35,9 +35,12 @@ def look(
 
 def save_figure(fig, path): # fig: a matplotlib Figure; format by the suffix
     "Write a figure, whole; leaves the user's matplotlib backend alone"
+    import warnings
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     FigureCanvasAgg(fig)
-    with whole_file(path) as tmp: fig.savefig(tmp, bbox_inches="tight", metadata={"Software": None} if Path(path).suffix.lower() == ".png" else None)
+    with whole_file(path) as tmp, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing") # a name in a script that the font lacks
+        fig.savefig(tmp, bbox_inches="tight", metadata={"Software": None} if Path(path).suffix.lower() == ".png" else None)
 
 def _figure(*size, dpi=100):
     from matplotlib.figure import Figure
@@ -47,7 +50,7 @@ def _picture(ax, x, title): # (1, 3, H, W)
     ax.imshow((x[0].detach().float().cpu().clamp(-1, 1).permute(1, 2, 0) + 1).numpy() / 2, interpolation="nearest")
     ax.set_title(title, fontsize=9); ax.axis("off")
 
-# %% ../nbs/16_viewer.ipynb #c41b7bf3
+# %% ../nbs/16_viewer.ipynb #9f733f56
 def depth_range(depth:Tensor, weight:Tensor) -> tuple: # (1, 1, h, w) each -> near, far
     "The 1st and 99th percentile of depth where something is, or 0, 1 where nothing is"
     seen = depth[weight > .5].float()
@@ -83,7 +86,7 @@ def save_depth(view, path): # view: a View of one image
     _depth(fig, fig.subplots(), view, "depth (white: the ray met nothing)")
     save_figure(fig, path)
 
-# %% ../nbs/16_viewer.ipynb #0b8928d1
+# %% ../nbs/16_viewer.ipynb #1c0a3341
 def comparison(
     image:Tensor, # (1, 3, H, W) the input, square
     generator, ws:Tensor, # ws: (1, w_dim) or (1, num_ws, w_dim)
@@ -110,11 +113,11 @@ def comparison(
     top.colorbar(shown, ax=axes[2], shrink=.8, fraction=.05).ax.tick_params(labelsize=7)
     _depth(top, axes[3], view)
     for ax, x, yaw in zip(bottom.subplots(1, len(yaws_deg)), around, yaws_deg): _picture(ax, x[None], f"yaw {yaw:+g}°")
-    if title: fig.suptitle(title, fontsize=10)
+    if title: fig.suptitle(title, fontsize=10, parse_math=False)
     if path is not None: save_figure(fig, path)
     return fig
 
-# %% ../nbs/16_viewer.ipynb #015faebe
+# %% ../nbs/16_viewer.ipynb #46de8c0d
 def turntable_poses(frames:int=48, yaw_deg:float=35., pitch_deg:float=6., device="cpu") -> Pose:
     "A loop: yaw swings to both sides, pitch nods half as fast"
     t = torch.arange(frames, device=device) * (2 * math.pi / frames)
@@ -143,7 +146,7 @@ def turntable(
     with whole_file(path) as tmp: imageio.mimwrite(tmp, list(pictures), **(dict(fps=fps) | film if "codec" in film else dict(duration=1000 / fps) | film))
     return path
 
-# %% ../nbs/16_viewer.ipynb #a871527a
+# %% ../nbs/16_viewer.ipynb #c41e5599
 @dataclass(frozen=True)
 class MeshInfo:
     "What was written"
@@ -200,7 +203,7 @@ def mesh(
     with whole_file(path) as tmp: shape.export(tmp)
     return MeshInfo(path, len(shape.vertices), len(shape.faces), bool(shape.is_watertight))
 
-# %% ../nbs/16_viewer.ipynb #0735a804
+# %% ../nbs/16_viewer.ipynb #ab16896b
 def view_points(view, pose:Pose, config) -> tuple: # world points (h, w, 3), seen (h, w); one image
     "The point in space that each pixel sees, and whether it sees anything"
     check_shape(view.depth, "1 1 H W", "depth")
@@ -226,7 +229,7 @@ def depth_figure(
     d = view.depth[0, 0].detach().cpu()
     steep = torch.zeros_like(seen)
     steep[:, 1:] |= d.diff(dim=1).abs() > jump; steep[1:] |= d.diff(dim=0).abs() > jump
-    x, y, z, shade = (torch.where(seen & ~steep, v, torch.nan).numpy().round(4) for v in (*points.unbind(-1), d))
+    x, y, z, shade = (torch.where(seen & ~steep, v, torch.nan).numpy().round(3) for v in (*points.unbind(-1), d))
     return _scene(go.Figure(go.Surface(x=x, y=y, z=z, surfacecolor=shade, colorscale="Viridis", reversescale=True, colorbar=dict(title="depth,<br>lengths", thickness=10))), "surface that this view sees")
 
 def point_figure(
@@ -236,7 +239,7 @@ def point_figure(
     import plotly.graph_objects as go
     points, seen = view_points(view, pose, config)
     colour = ((F.interpolate(view.rgb_raw, view.depth.shape[-2:])[0].detach().cpu().clamp(-1, 1) + 1) * 127.5).round().int().permute(1, 2, 0)[seen]
-    x, y, z = points[seen].numpy().round(4).T
+    x, y, z = points[seen].numpy().round(3).T
     return _scene(go.Figure(go.Scatter3d(x=x, y=y, z=z, mode="markers", marker=dict(size=3, color=[f"rgb({r},{g},{b})" for r, g, b in colour.tolist()]))), "points that this view sees")
 
 def plotly_offline():
@@ -246,7 +249,7 @@ def plotly_offline():
     pio.renderers["docs"] = base_renderers.HtmlRenderer(full_html=False, include_plotlyjs="plotly.min.js")
     pio.renderers.default = "plotly_mimetype+docs"
 
-# %% ../nbs/16_viewer.ipynb #154c8300
+# %% ../nbs/16_viewer.ipynb #b6c99a19
 def loss_plot(
     trace:list, # of an `Inversion`: one dictionary a step, losses as numbers or (B,) tensors (their mean is drawn)
     path=None, # write it there
