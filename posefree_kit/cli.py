@@ -189,7 +189,7 @@ def write_results(name:str, image, inversion, job:Job, folder:Path, aligned=None
     G, ws, pose = job.generator, inversion.ws, inversion.pose
     report = full_report(name, image, inversion, job.judge, job.lpips)
     save_image(inversion.view.rgb, folder/"reconstruction.png")
-    viewer.comparison(image, G, ws, pose, folder/"comparison.png", title=name)
+    viewer.comparison(image, G, ws, pose, folder/"comparison.png", title=Path(name).name)
     viewer.save_depth(inversion.view, folder/"depth.png")
     if aligned: save_image(image, folder/"aligned.png")
     if job.video: viewer.turntable(G, ws, folder/"turntable.mp4")
@@ -345,6 +345,7 @@ def train(
     kimg:Annotated[Optional[float], typer.Option(help="Stop when the run has seen so many thousand images.", show_default=False)]=None,
     images:Annotated[Optional[Path], typer.Option(help="Train on the images of a folder (square ones).", show_default=False)]=None,
     n:Annotated[int, typer.Option("--portraits", help="Without --images: train on so many simulated portraits.")]=10_000,
+    plain:Annotated[bool, typer.Option("--plain", help="Easier simulated portraits (short hair, nothing worn, one light): to begin with.")]=False,
     size:Annotated[int, typer.Option(help="Pixels a side: 16, 32, 64 or 128. With --grow-from, twice the old size.")]=32,
     grow_from:Annotated[Optional[Path], typer.Option(help="A finished run of half the size to start from.", show_default=False)]=None,
     resume:Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")]=False,
@@ -366,9 +367,9 @@ def train(
     start = grown(grow_from, size, config, where) if grow_from and not resume else None
     size = start.G.resolution if start else load_state(Path(out)/"state.pt").G.resolution if resume else size
     g, d = (None, None) if resume or start else architecture(size)
-    pictures = training_images(images, n, size, where, progress)
+    pictures = training_images(images, n, size, where, progress, plain)
     s = fit(pictures, writable(out), **(dict(generator=g, discriminator=d) if g else {}), config=start.config if start else config, minutes=minutes, kimg=kimg, resume=resume, start=start, device=where, progress=progress)
-    card = dict(made_with="posefree train", kimg=round(s.kimg, 3), data=str(images.name) if images else f"{n} simulated portraits, seeds 0 to {n - 1}", images=len(pictures), seed=s.config.seed, device=str(where), training=config_to_dict(s.config))
+    card = dict(made_with="posefree train", kimg=round(s.kimg, 3), data=str(images.name) if images else f"{n} simulated {'plain ' if plain else ''}portraits, seeds 0 to {n - 1}", images=len(pictures), seed=s.config.seed, device=str(where), training=config_to_dict(s.config))
     path = save_checkpoint(Path(out)/"generator.safetensors", s.ema, s.D, card)
     say(f"{s.kimg:.1f} kimg; {path}")
     return s
@@ -386,13 +387,13 @@ def grown(run, size:int, config, device): # -> TrainState
     gamma = .05 * (small.G.resolution / 16) ** 2 * (32 / config.batch)
     return grow(small, *extra, dataclasses.replace(config, fade_kimg=8., blur_kimg=0., r1_gamma=gamma))
 
-def training_images(folder, n:int, size:int, device, progress:bool): # -> UnposedImages
+def training_images(folder, n:int, size:int, device, progress:bool, plain:bool=False): # -> UnposedImages
     "Pictures and nothing else"
     from posefree_kit.core import InputError
     from posefree_kit.training import UnposedImages
     if folder is not None: return UnposedImages.folder(folder, size)
     if n < 1: raise InputError(f"expected at least 1 portrait to train on, got {n}")
-    return UnposedImages.portraits(n, size, device=device, progress=progress)
+    return UnposedImages.portraits(n, size, plain=plain, device=device, progress=progress)
 
 # %% ../nbs/18_cli.ipynb #fb7595ea
 @dataclass
