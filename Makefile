@@ -26,7 +26,7 @@ $(STAMP):
 
 demo: setup ## invert a portrait with the shipped generator: make demo [PORTRAIT=face.png]
 	@test -n "$(PORTRAIT)" || { echo "expected a portrait in data/, found none"; exit 1; }
-	$(BIN)/posefree invert $(PORTRAIT) --out out/demo
+	$(BIN)/posefree invert $(PORTRAIT) --out out/demo --overwrite
 	@echo && echo "The pictures are in out/demo/$(basename $(notdir $(PORTRAIT)))/ (open comparison.png first):" \
 		&& ls out/demo/$(basename $(notdir $(PORTRAIT)))
 

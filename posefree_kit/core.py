@@ -210,6 +210,6 @@ GLOSSARY = (
     ("I", "rgb, image", "(B, 3, H, W)", "-1 .. 1", "image; rgb_raw is the volume rendering before super-resolution"),
     ("psi", "features", "image -> list of maps", "-", "perceptual features"),
     ("phi", "embed", "image -> (B, d)", "-", "identity embedding"),
-    ("delta-theta", "offset", "Pose", "rad", "pose offset of a novel view in the multi-view loss"),
+    ("delta-theta", "offsets", "Pose", "rad", "pose offset of a novel view in the multi-view loss"),
     ("lambda", "weights", "schedule", "-", "loss weights, each a function of progress in [0, 1]"),
 )

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from .camera import Pose, align_pose, fit_frame
+from .checkpoints import ASSETS
 from .core import InputError, check_shape, resize, rng, save_json, sha256, whole_file
 from .features import load_identity, load_perceptual
 from .losses import depth_std
@@ -101,7 +102,7 @@ def train_oracle(path, people:int=6000, steps:int=1500, seed:int=0, progress:boo
 def load_oracle(path=None) -> PoseOracle:
     "The oracle that comes with the package"
     from safetensors.torch import load_file
-    path = Path(path or Path(__file__).parent/"assets"/"evaluation"/"pose_oracle.safetensors")
+    path = Path(path or ASSETS/"evaluation"/"pose_oracle.safetensors")
     if not path.is_file(): raise InputError(f"expected the pose oracle's weights, got {path.name!r}: no such file")
     net = PoseOracle(); net.load_state_dict({k: v.float() for k, v in load_file(path).items()})
     return net.eval().requires_grad_(False)

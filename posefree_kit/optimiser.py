@@ -175,7 +175,7 @@ def candidates(G:PoseFreeGenerator, target:Tensor, config:InvertConfig) -> Tenso
             pool = torch.cat([torch.cat([G.w_avg[None], w])[:, :G.config.look_dim], view[:1].expand(n + 1, -1)], -1)
         else: # the whole w decides the pose: only codes that are near it
             pool = torch.cat([G.w_avg[None], w[nearest[i, 0].argsort()[:max(n // 4, k)]]])
-        shown = torch.cat([F.adaptive_avg_pool2d(G.view(x, G.pose(x), size=min(32, G.render_resolution)).rgb, 16) for x in pool.split(64)])
+        shown = torch.cat([F.adaptive_avg_pool2d(G.view(x, G.pose(x), size=min(16, G.render_resolution)).rgb, 16) for x in pool.split(64)])
         best = pool[(shown - small[i]).abs().mean((1, 2, 3)).argsort()]
         flipped = torch.cat([best[:1, :G.config.look_dim], view[1:]], -1) if G.config.view_dim else w[nearest[i, 1].argmin()][None]
         out.append(torch.cat([best[:max(k - 2, 1)], pool[:1], flipped])[:k])
