@@ -78,7 +78,7 @@ class PoseOracle(nn.Module):
     def forward(self, image:Tensor) -> Pose: # (B, 3, R, R), any size
         return Pose.of(self.net(F.adaptive_avg_pool2d(image, 32)))
 
-def train_oracle(path, people:int=6000, steps:int=1500, seed:int=0, progress:bool=True) -> PoseOracle:
+def train_oracle(path, people:int=12000, steps:int=4000, seed:int=0, progress:bool=True) -> PoseOracle:
     "Train the oracle on portraits with their true poses, and save it"
     from safetensors.torch import save_file
     from tqdm.auto import tqdm
