@@ -167,17 +167,25 @@ def candidates(G:PoseFreeGenerator, target:Tensor, config:InvertConfig) -> Tenso
     poses = G.pose(w).stack() / G.pose(w).stack().std(0)
     want = torch.stack([guess.stack(), mirror(guess).stack()], 1) / G.pose(w).stack().std(0)     # (B, 2, 2): as read, and mirrored
     nearest = torch.cdist(want.flatten(0, 1), poses).view(b, 2, n)
-    small = F.adaptive_avg_pool2d(target, 16)
-    out = []
+    small, size = F.adaptive_avg_pool2d(target, 16), min(16, G.render_resolution)
+    far_off = lambda image, i: (F.adaptive_avg_pool2d(image, 16) - small[i]).abs().mean((1, 2, 3))
+    looks, out = torch.cat([G.w_avg[None], w]), []
+    if G.config.view_dim: # look and view are separate parts: every look can be seen from the read pose, and its planes serve all images
+        views = w[nearest.argmin(-1)][..., G.config.look_dim:]                                 # (B, 2, view_dim)
+        score = []
+        for chunk in looks.split(64):
+            planes = G.planes(chunk)
+            at = [G.pose(torch.cat([chunk[:, :G.config.look_dim], views[i, :1].expand(len(chunk), -1)], -1)) for i in range(b)]
+            score.append(torch.stack([far_off(G.render(planes, at[i], size=size).rgb, i) for i in range(b)]))
+        order = torch.cat(score, 1).argsort(1)
     for i in range(b):
-        if G.config.view_dim: # look and view are separate parts: every look can be seen from the read pose
-            view = w[nearest[i].argmin(-1)][:, G.config.look_dim:]
-            pool = torch.cat([torch.cat([G.w_avg[None], w])[:, :G.config.look_dim], view[:1].expand(n + 1, -1)], -1)
+        if G.config.view_dim:
+            pool = torch.cat([looks[:, :G.config.look_dim], views[i, :1].expand(n + 1, -1)], -1)
+            best, flipped = pool[order[i]], torch.cat([looks[order[i, :1], :G.config.look_dim], views[i, 1:]], -1)
         else: # the whole w decides the pose: only codes that are near it
-            pool = torch.cat([G.w_avg[None], w[nearest[i, 0].argsort()[:max(n // 4, k)]]])
-        shown = torch.cat([F.adaptive_avg_pool2d(G.view(x, G.pose(x), size=min(16, G.render_resolution)).rgb, 16) for x in pool.split(64)])
-        best = pool[(shown - small[i]).abs().mean((1, 2, 3)).argsort()]
-        flipped = torch.cat([best[:1, :G.config.look_dim], view[1:]], -1) if G.config.view_dim else w[nearest[i, 1].argmin()][None]
+            pool = looks[torch.cat([nearest.new_zeros(1).long(), 1 + nearest[i, 0].argsort()[:max(n // 4, k)]])]
+            score = torch.cat([far_off(G.view(x, G.pose(x), size=size).rgb, i) for x in pool.split(64)])
+            best, flipped = pool[score.argsort()], w[nearest[i, 1].argmin()][None]
         out.append(torch.cat([best[:max(k - 2, 1)], pool[:1], flipped])[:k])
     return torch.stack(out)
 

@@ -141,3 +141,12 @@ def test_every_shipped_generator_loads_and_is_small():
 def test_schedules():
     s = ramp((0, 1), (.5, 3), (1, 0))
     assert [s(x) for x in (0, .25, .5, .75, 1)] == [1, 2, 3, 1.5, 0] and constant(2)(.3) == 2
+
+
+def test_the_whole_w_form_inverts_too():
+    "PoF3D's pose learner reads all of w: the start search ranks whole codes by the pose they carry"
+    torch.manual_seed(1)
+    G = PoseFreeGenerator(GeneratorConfig(channels=(8, 8), plane_channels=4, render_resolution=8, view_dim=0)).start()
+    G.set_reader(Discriminator(DiscriminatorConfig(channels=(8, 8))).eval())
+    inv = run(G.requires_grad_(False), G.sample(2, seed=1)[1].rgb, dataclasses.replace(TINY, starts=4))
+    assert inv.w.shape == (2, 72) and torch.equal(inv.pose.yaw, G.pose(inv.w).yaw)
