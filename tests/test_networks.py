@@ -1,10 +1,12 @@
 "Generator, pose learner, discriminator: structure, sharing, gradients."
+import copy
+
 import pytest
 import torch
 from posefree_kit.camera import Pose
 from posefree_kit.core import InputError
 from posefree_kit.discriminator import Discriminator, DiscriminatorConfig, grow_discriminator
-from posefree_kit.generator import AXES, Generator, GeneratorConfig, WeightedRows, pof3d_config, sample_planes, sample_planes_plain
+from posefree_kit.generator import AXES, Generator, GeneratorConfig, WeightedRows, march_library, pof3d_config, sample_planes, sample_planes_plain
 from posefree_kit.pose import PoseFreeGenerator
 from posefree_kit.stylegan import modulated_conv
 
@@ -80,3 +82,31 @@ def test_growing_twice_keeps_judgement():
     x = torch.randn(4, 3, 32, 32)
     pooled = torch.nn.functional.avg_pool2d(x, 2)
     assert torch.allclose(big(x).score, D(pooled).score, atol=1e-5) and torch.allclose(big.read_pose(x).yaw, D.read_pose(pooled).yaw, atol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [(16, 32), (32, 64)])
+@pytest.mark.parametrize("scenes", [1, 5])
+def test_compiled_march_is_the_same_function(sizes, scenes):
+    torch.manual_seed(0)
+    G = PoseFreeGenerator(GeneratorConfig(channels=(8, 8, 8), plane_channels=sizes[0], decoder_hidden=sizes[1], render_resolution=12, samples=7, box=.5)).start()
+    fast = copy.deepcopy(G)
+    try: fast.compile_march()
+    except InputError as e: pytest.skip(str(e))
+    w = G.mapping(G.draw(scenes))
+    def run(G):
+        turn, planes = torch.linspace(-1, 1, 2 * scenes).requires_grad_(), G.planes(w.detach())
+        features = planes.features.detach().requires_grad_()
+        v = G.render(planes._replace(features=features), Pose(turn, turn / 2), jitter=1., generator=torch.Generator().manual_seed(0))
+        loss = v.rgb.square().sum() + v.depth.square().sum() + v.weight.square().sum()
+        return [v.rgb, v.depth, v.weight, *torch.autograd.grad(loss, [features, turn, *G.decoder.parameters()])]
+    for a, b in zip(run(G), run(fast)): assert torch.allclose(a, b, rtol=1e-3, atol=1e-4 * float(a.detach().abs().max()))
+
+
+def test_compiled_march_refuses_what_it_cannot_do(monkeypatch):
+    with pytest.raises(InputError, match="expected a lrelu decoder"): Generator(SMALL).compile_march()
+    with pytest.raises(InputError, match="no fine samples"): Generator(GeneratorConfig(fine_samples=4)).compile_march()
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    march_library.cache_clear()
+    try:
+        with pytest.raises(InputError, match="expected a C.. compiler"): Generator().compile_march()
+    finally: march_library.cache_clear()

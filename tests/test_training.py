@@ -17,7 +17,7 @@ def images(): return UnposedImages(torch.randint(256, (16, 3, 8, 8), dtype=torch
 
 def test_no_label_can_reach_training(images):
     assert set(vars(images)) == {"images", "mirror", "resolution"} and images.images.dtype == torch.uint8
-    assert list(inspect.signature(train_step).parameters) == ["s", "images"]
+    assert list(inspect.signature(train_step).parameters) == ["s", "images", "easy"]
     assert isinstance(images.batch(3, torch.Generator()), torch.Tensor)
 
 
@@ -76,3 +76,12 @@ def test_folder_of_pictures(tmp_path):
     assert UnposedImages.folder(tmp_path, 8).images.shape == (1, 3, 8, 8)
     (tmp_path / "b.png").write_text("no picture")
     with pytest.raises(InputError): UnposedImages.folder(tmp_path, 8)
+
+
+def test_easy_pictures_come_first(images, tmp_path):
+    "Only easy pictures until the first mark, only the others from the second; a run with both resumes exactly"
+    easy, seen = UnposedImages(torch.zeros(4, 3, 8, 8, dtype=torch.uint8)), []
+    s = new_state(G8, D8, TrainConfig(batch=4, bf16=False, easy_kimg=(.008, .016)))
+    s.D.register_forward_pre_hook(lambda m, x: seen.append(float((x[0] <= -.999).float().mean())) if len(x) == 1 and not x[0].requires_grad else None)
+    for _ in range(6): train_step(s, images, easy)
+    assert seen[0] > .99 and seen[1] > .99 and seen[-1] < .5
