@@ -351,6 +351,7 @@ def train(
     size:Annotated[int, typer.Option(help="Pixels a side: 16, 32, 64 or 128. With --grow-from, twice the old size.")]=32,
     grow_from:Annotated[Optional[Path], typer.Option(help="A finished run of half the size to start from.", show_default=False)]=None,
     resume:Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")]=False,
+    watch:Annotated[bool, typer.Option("--watch", help="At each save, log how well the pose head reads 512 held-out portraits; nothing of it reaches training.")]=False,
     batch:Annotated[int, typer.Option(help="Images a step.")]=32,
     seed:Annotated[int, typer.Option(help="Of everything that is drawn.")]=0,
     device:Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]="auto",
@@ -360,7 +361,7 @@ def train(
     "Train a pose-free generator on unposed images."
     from posefree_kit.core import InputError, config_to_dict, resolve_device
     from posefree_kit.checkpoints import save_checkpoint
-    from posefree_kit.training import TrainConfig, fit, load_state
+    from posefree_kit.training import TrainConfig, fit, load_state, watch_poses
     budget = [f"--{k} {v:g}" for k, v in dict(minutes=minutes, kimg=kimg).items() if v is not None and not v > 0]
     if budget or (minutes is None and kimg is None): raise InputError(f"expected a budget above 0, --minutes or --kimg (or both), got {budget[0] if budget else 'none'}")
     there = (Path(out)/"state.pt").exists()
@@ -372,7 +373,7 @@ def train(
     g, d = (None, None) if resume or start else architecture(size)
     pictures = training_images(images, n, size, where, progress)
     easy = training_images(None, plain, size, where, progress, plain=True) if plain else None
-    s = fit(pictures, writable(out), **(dict(generator=g, discriminator=d) if g else {}), config=start.config if start else config, minutes=minutes, kimg=kimg, resume=resume, start=start, device=where, easy=easy, compiled=compiled, progress=progress)
+    s = fit(pictures, writable(out), **(dict(generator=g, discriminator=d) if g else {}), config=start.config if start else config, minutes=minutes, kimg=kimg, resume=resume, start=start, device=where, easy=easy, compiled=compiled, watch=watch_poses(size) if watch else None, progress=progress)
     card = dict(made_with="posefree train", kimg=round(s.kimg, 3), data=str(images.name) if images else f"{n} simulated portraits, seeds 0 to {n - 1}", images=len(pictures), plain_images=plain, seed=s.config.seed, device=str(where), training=config_to_dict(s.config))
     path = save_checkpoint(Path(out)/"generator.safetensors", s.ema, s.D, card)
     say(f"{s.kimg:.1f} kimg; {path}")

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['PLAIN', 'UnposedImages', 'd_loss', 'g_loss', 'r1_penalty', 'pose_loss', 'blur', 'TrainConfig', 'has_bf16',
            'TrainState', 'new_state', 'make_state', 'Fakes', 'd_step', 'g_step', 'density_loss', 'ema_step',
-           'train_step', 'save_state', 'load_state', 'sample_grid', 'fit', 'grow', 'correlation', 'pose_figures']
+           'train_step', 'save_state', 'load_state', 'sample_grid', 'fit', 'grow', 'correlation', 'pose_figures',
+           'watch_poses']
 
 # %% ../nbs/08_training.ipynb #d67a11d1
 import copy, dataclasses, json, math, time
@@ -338,3 +339,11 @@ def pose_figures(G:PoseFreeGenerator, D:Discriminator, image:Tensor, pose:Pose, 
     slope = lambda y, x: float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum())
     return {k: round(v, 3) for k, v in dict(yaw_r=correlation(read[:, 0], true[:, 0]), pitch_r=correlation(read[:, 1], true[:, 1]), yaw_slope=slope(read[:, 0], true[:, 0]),
             generated_yaw_sd=float(own[:, 0].std()), generated_yaw_mean=float(own[:, 0].mean()), generated_pitch_sd=float(own[:, 1].std()), true_yaw_sd=float(true[:, 0].std()), true_pitch_sd=float(true[:, 1].std())).items()}
+
+def watch_poses(size:int, n:int=512, seed:int=20_000): # -> watch(state) for `fit`
+    "Looking on with the truth: `pose_figures` on n held-out portraits, for the log only"
+    from posefree_kit.portraits import HELD_OUT, portrait_batch
+    first = HELD_OUT + seed
+    batches = [portrait_batch(torch.arange(i, min(i + 50, first + n)), size) for i in range(first, first + n, 50)]
+    image, pose = torch.cat([b.image for b in batches]), Pose.of(torch.cat([b.pose.stack() for b in batches]))
+    return lambda s: pose_figures(s.ema, s.D, image, pose)
