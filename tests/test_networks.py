@@ -110,3 +110,15 @@ def test_compiled_march_refuses_what_it_cannot_do(monkeypatch):
     try:
         with pytest.raises(InputError, match="expected a C.. compiler"): Generator().compile_march()
     finally: march_library.cache_clear()
+
+
+def test_compiled_march_stays_finite_far_out():
+    torch.manual_seed(0)
+    G = PoseFreeGenerator(GeneratorConfig(channels=(8, 8), render_resolution=8, samples=6)).start()
+    with torch.no_grad(): G.decoder.out.weight.mul_(1e4)
+    try: G.compile_march()
+    except InputError as e: pytest.skip(str(e))
+    ws = G.mapping(G.draw(2)).detach().requires_grad_()
+    v = G.view(ws, G.pose(ws))
+    grads = torch.autograd.grad(v.rgb.sum() + v.depth.sum(), [ws, *G.decoder.parameters()])
+    assert v.rgb.isfinite().all() and all(g.isfinite().all() for g in grads)

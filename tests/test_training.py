@@ -5,7 +5,7 @@ import torch
 from posefree_kit.core import InputError
 from posefree_kit.discriminator import DiscriminatorConfig
 from posefree_kit.generator import GeneratorConfig
-from posefree_kit.training import TrainConfig, UnposedImages, fit, grow, load_state, new_state, train_step
+from posefree_kit.training import TrainConfig, UnposedImages, fit, grow, load_state, new_state, shaded, train_step
 
 G8, D8 = GeneratorConfig(channels=(8, 8), plane_channels=4, render_resolution=8, samples=6), DiscriminatorConfig(channels=(8, 8))
 C = TrainConfig(batch=4, hold_kimg=0.)
@@ -85,3 +85,12 @@ def test_easy_pictures_come_first(images, tmp_path):
     s.D.register_forward_pre_hook(lambda m, x: seen.append(float((x[0] <= -.999).float().mean())) if len(x) == 1 and not x[0].requires_grad else None)
     for _ in range(6): train_step(s, images, easy)
     assert seen[0] > .99 and seen[1] > .99 and seen[-1] < .5
+
+
+def test_shading_is_a_change_of_light_only():
+    x = torch.rand(64, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert torch.equal(shaded(x, 0., torch.Generator().manual_seed(0)), x)
+    y = shaded(x.clamp(max=-.9), .3, torch.Generator().manual_seed(0))
+    gain = (y + 1) / (x.clamp(max=-.9) + 1)
+    assert torch.allclose(gain[:, 0], gain[:, 1], rtol=1e-2) and gain[:, 0, :, 0].std() > .1      # one gain for all colours, another from side to side
+    assert shaded(x, 3., torch.Generator().manual_seed(0)).max() <= 1

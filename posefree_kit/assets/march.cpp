@@ -26,6 +26,8 @@ inline void put(float* p, V v) { reinterpret_cast<U*>(p)->v = v; }
 inline void axpy(float* y, float a, const float* x) { put(y, get(y) + a * get(x)); }
 inline float sum(V v) { float a = 0; for (int i = 0; i < 8; ++i) a += v[i]; return a; }
 
+inline float sigmoid(float x) { return 1 / (1 + std::exp(std::fmin(-x, 80.f))); } // -ffast-math knows no infinity
+
 template <int C> struct Corners { // what one point reads: 3 planes x 4 rows
   int row[12]; float weight[12], du[12], dv[12]; // weight and its slopes along u and v, in pixels
 };
@@ -81,7 +83,7 @@ inline void look(const Field& f, const Net<C, H, F>& n, const float* table, cons
     r.raw[s] = out[0];
     for (int q = 0; q < F; ++q) r.value[s][q] = out[1 + q];
   }
-  for (int i = 0; i < S * F; ++i) { float& v = (&r.value[0][0])[i]; v = 1 / (1 + std::exp(-v)); }
+  for (int i = 0; i < S * F; ++i) { float& v = (&r.value[0][0])[i]; v = sigmoid(v); }
   for (int i = 0; i < S - 1; ++i) {
     const float m = (r.raw[i] + r.raw[i + 1]) * .5f - 1;
     r.tau[i] = f.scale * (std::fmax(m, 0.f) + std::log1p(std::exp(-std::fabs(m)))) * (t[i + 1] - t[i]);
@@ -136,7 +138,7 @@ void backward_(const Field& f, const float* table, const float* o, const float* 
     }
     for (int k = 0; k < S - 1; ++k) {
       const float m = (r.raw[k] + r.raw[k + 1]) * .5f - 1;
-      gmid[k] *= (tt[k + 1] - tt[k]) * f.scale / (1 + std::exp(-m)) * .5f;
+      gmid[k] *= (tt[k + 1] - tt[k]) * f.scale * sigmoid(m) * .5f;
     }
     for (int s = 0; s < S; ++s) graw[s] = (s ? gmid[s - 1] : 0) + (s < S - 1 ? gmid[s] : 0);
     float goi[3] = {0}, gdi[3] = {0};
