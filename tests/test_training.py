@@ -4,8 +4,8 @@ import pytest
 import torch
 from posefree_kit.core import InputError
 from posefree_kit.discriminator import DiscriminatorConfig
-from posefree_kit.generator import GeneratorConfig
-from posefree_kit.training import TrainConfig, UnposedImages, fit, grow, load_state, new_state, shaded, train_step
+from posefree_kit.generator import GeneratorConfig, View
+from posefree_kit.training import TrainConfig, UnposedImages, fit, grow, load_state, new_state, relit, train_step
 
 G8, D8 = GeneratorConfig(channels=(8, 8), plane_channels=4, render_resolution=8, samples=6), DiscriminatorConfig(channels=(8, 8))
 C = TrainConfig(batch=4, hold_kimg=0.)
@@ -87,10 +87,15 @@ def test_easy_pictures_come_first(images, tmp_path):
     assert seen[0] > .99 and seen[1] > .99 and seen[-1] < .5
 
 
-def test_shading_is_a_change_of_light_only():
-    x = torch.rand(64, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    assert torch.equal(shaded(x, 0., torch.Generator().manual_seed(0)), x)
-    y = shaded(x.clamp(max=-.9), .3, torch.Generator().manual_seed(0))
-    gain = (y + 1) / (x.clamp(max=-.9) + 1)
-    assert torch.allclose(gain[:, 0], gain[:, 1], rtol=1e-2) and gain[:, 0, :, 0].std() > .1      # one gain for all colours, another from side to side
-    assert shaded(x, 3., torch.Generator().manual_seed(0)).max() <= 1
+def test_relighting_follows_the_depth():
+    "A wall seen from the front has one normal: no lamp changes it. A ball gets a bright side, and what is not there stays as it is"
+    g = lambda: torch.Generator().manual_seed(0)
+    u = torch.linspace(-1, 1, 16)
+    r2 = (u ** 2 + u[:, None] ** 2)[None, None].expand(8, 1, -1, -1)
+    grey, ones = torch.zeros(8, 3, 16, 16), torch.ones(8, 1, 16, 16)
+    assert torch.allclose(relit(View(grey, grey, 2.7 * ones, ones), 1., 4.2634, g()), grey, atol=1e-5)
+    ball = View(grey, grey, 2.7 - .25 * (1 - r2).clamp(min=0).sqrt(), (r2 < .9).float())
+    x = relit(ball, 1., 4.2634, g())
+    side = (x[..., 8:] * ball.weight[..., 8:]).sum((1, 2, 3)) - (x[..., :8] * ball.weight[..., :8]).sum((1, 2, 3))
+    assert side.abs().min() > .5 and side.min() < 0 < side.max() and torch.equal(x[ball.weight.expand(-1, 3, -1, -1) == 0], torch.zeros(int(3 * (ball.weight == 0).sum())))
+    assert torch.equal(relit(ball, 0., 4.2634, g()), grey)
