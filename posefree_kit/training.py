@@ -110,11 +110,11 @@ class TrainConfig:
     g_rate:float = 0.0025 # Adam's rate, generator
     d_rate:float = 0.002 # Adam's rate, discriminator
     loss:str = "nonsaturating" # or "relativistic"
-    r1_gamma:float = 0.05 # weight of R1 (rule of thumb: 0.05 (resolution / 32)^2 (32 / batch))
+    r1_gamma:float = 0.2 # weight of R1 (rule of thumb: 0.2 (resolution / 32)^2 (32 / batch))
     r1_every:int = 16 # steps between R1 (applied `r1_every` times as strongly)
     condition_kimg:tuple = (6., 20.) # thousands of images at which the discriminator begins to judge by pose, and does so fully
-    easy_kimg:tuple = (20., 60.) # where easy pictures are given: thousands of images until which all are easy, and from which none is
-    hold_kimg:float = 60. # thousands of images for which the pose learner keeps its starting spread: the head must turn well before the spread of views can be judged by pictures
+    easy_kimg:tuple = (35., 65.) # where easy pictures are given: thousands of images until which all are easy, and from which none is
+    hold_kimg:float = 1000. # thousands of images for which the pose learner keeps its starting spread: left free early, it shrinks, since unfinished heads look better from the front
     pose_weight:float = 2. # weight of the pose head's error on generated images
     relight:float = 1. # the pose head learns from generated images under a random lamp of this strength (0: as they are), so that it does not take the light for the pose
     flip_share:float = 0.5 # share of a fake batch rendered with yaw or pitch negated, same planes
