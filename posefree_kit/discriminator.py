@@ -24,6 +24,7 @@ class DiscriminatorConfig:
     feature_dim:int = 64 # width of features and pose embedding
     pose_conditioned:bool = True # score the pair (image, pose); False: the unconditioned one of the ablation (it keeps the pose head, for measuring only)
     pose_unit_deg:tuple = (20., 8.6) # the pose head's unit: yaw, pitch in degrees
+    pose_gain:tuple = (1., 1.) # `read_pose` multiplies yaw and pitch by it: set after training, by `calibrated`
 
     @property
     def resolution(self) -> int: return 2 * 2 ** len(self.channels)
@@ -79,7 +80,8 @@ class Discriminator(nn.Module):
 
     def read_pose(self, image:Tensor) -> Pose: # (B, 3, R, R)
         "The pose head alone: the start search's free pose guess"
-        return Pose.of(self.pose_head(self.trunk(image).float().flatten(1)) * self.unit)
+        x = self.pose_head(self.trunk(image).float().flatten(1))
+        return Pose.of(x * self.unit * x.new_tensor(self.config.pose_gain))
 
 # %% ../nbs/07_discriminator.ipynb #3920e6b9
 def grow_discriminator(small:Discriminator, channels:int) -> Discriminator: # channels of the new first layer

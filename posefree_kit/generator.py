@@ -94,7 +94,7 @@ class GeneratorConfig:
     noise:bool = False # fixed noise in the synthesis (PoF3D: yes)
     plane_channels:int = 16 # features per plane
     plane_axes:str = "xyz" # "xyz" three different planes, "eg3d" as published there
-    box:float = 0.8 # side of the cube that the planes span
+    box:float = 1. # side of the cube that the planes span: all that the camera sees near the head
     decoder_hidden:int = 32 # width of the decoder
     decoder_act:str = "lrelu" # "lrelu" or "softplus" (EG3D)
     features:int = 3 # rendered channels; the first three are the raw colour

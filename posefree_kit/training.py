@@ -6,7 +6,7 @@
 __all__ = ['PLAIN', 'UnposedImages', 'd_loss', 'g_loss', 'r1_penalty', 'pose_loss', 'relit', 'blur', 'TrainConfig', 'has_bf16',
            'TrainState', 'new_state', 'make_state', 'Fakes', 'd_step', 'g_step', 'density_loss', 'ema_step',
            'train_step', 'save_state', 'load_state', 'sample_grid', 'fit', 'grow', 'correlation', 'pose_figures',
-           'watch_poses']
+           'calibrated', 'watch_poses']
 
 # %% ../nbs/08_training.ipynb #d67a11d1
 import copy, dataclasses, json, math, time
@@ -357,6 +357,15 @@ def pose_figures(G:PoseFreeGenerator, D:Discriminator, image:Tensor, pose:Pose, 
     slope = lambda y, x: float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum())
     return {k: round(v, 3) for k, v in dict(yaw_r=correlation(read[:, 0], true[:, 0]), pitch_r=correlation(read[:, 1], true[:, 1]), yaw_slope=slope(read[:, 0], true[:, 0]),
             generated_yaw_sd=float(own[:, 0].std()), generated_yaw_mean=float(own[:, 0].mean()), generated_pitch_sd=float(own[:, 1].std()), true_yaw_sd=float(true[:, 0].std()), true_pitch_sd=float(true[:, 1].std())).items()}
+
+@torch.no_grad()
+def calibrated(D:Discriminator, G:PoseFreeGenerator, images:UnposedImages, n:int=2048) -> Discriminator: # a copy
+    "A reader of real images is cautious: it has only seen generated ones, and reads poses too close to the mean. Scale its readings of n training images to the spread of generated poses; no label is needed"
+    x = images.images[torch.linspace(0, len(images) - 1, min(n, len(images))).long()]
+    read = torch.cat([D.read_pose(c.to(D.real.weight.device).float() / 127.5 - 1).stack() for c in x.split(256)]) / D.real.weight.new_tensor(D.config.pose_gain)
+    gain = G.pose(G.mapping(G.draw(2048, 1))).stack().std(0) / read.std(0)
+    out = copy.deepcopy(D); out.config = dataclasses.replace(D.config, pose_gain=tuple(round(float(v), 4) for v in gain))
+    return out
 
 def watch_poses(size:int, n:int=512, seed:int=20_000): # -> watch(state) for `fit`
     "Looking on with the truth: `pose_figures` on n held-out portraits, for the log only"
