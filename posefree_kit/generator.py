@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['AXES', 'SUPERRESOLUTION', 'sample_planes_plain', 'plane_corners', 'WeightedRows', 'sample_planes', 'GeneratorConfig',
-           'Planes', 'View', 'Decoder', 'ball_prior', 'Background', 'SuperResolution', 'Generator', 'render_eg3d',
-           'pof3d_config']
+           'Planes', 'View', 'Decoder', 'ball_prior', 'Background', 'SuperResolution', 'Generator', 'camera_eg3d',
+           'rays_eg3d', 'render_eg3d', 'pof3d_config']
 
 # %% ../nbs/05_generator.ipynb #761775fb
 import math
@@ -274,6 +274,27 @@ class Generator(nn.Module):
         return self.render(self.planes(ws), pose, **kwargs)
 
 # %% ../nbs/05_generator.ipynb #2a327f6e
+def camera_eg3d(pose:Pose, radius:float, pivot:tuple) -> Tensor: # (B, 4, 4)
+    "`camera.cam2world` by the published formula, in PoF3D's own angles"
+    h, phi = math.pi / 2 - pose.yaw, torch.arccos(pose.pitch.sin())
+    norm = lambda x: F.normalize(x, dim=-1)
+    r = radius if pose.radius is None else pose.radius
+    position = torch.stack([r * phi.sin() * (math.pi - h).cos(), r * phi.cos(), r * phi.sin() * (math.pi - h).sin()], -1)
+    forward = norm(position.new_tensor(pivot) - position)
+    right = -norm(torch.linalg.cross(position.new_tensor([0., 1, 0]).expand_as(forward), forward))
+    top = torch.stack([right, norm(torch.linalg.cross(forward, right)), forward, position], -1)
+    return torch.cat([top, top.new_tensor([0., 0, 0, 1]).expand(len(top), 1, 4)], 1)
+
+def rays_eg3d(c2w:Tensor, k:Tensor, size:int) -> tuple: # (B, 4, 4), (B, 3, 3), pixels a side -> origins, unit directions (B, size*size, 3)
+    "`camera.rays` in the published order: a point of the image plane in the world, minus the camera. In steep fields the last bit of a direction is visible in a colour"
+    at = (torch.arange(size, device=c2w.device, dtype=c2w.dtype) + .5) / size
+    v, u = (x.reshape(1, -1) for x in torch.meshgrid(at, at, indexing="ij"))
+    y = (v - k[:, 1, 2:]) / k[:, 1, 1:2]
+    x = (u - k[:, 0, 2:] - k[:, 0, 1:2] * y) / k[:, 0, :1]
+    points = torch.bmm(c2w, torch.stack([x, y, torch.ones_like(x), torch.ones_like(x)], 1))[:, :3].mT
+    origins = c2w[:, None, :3, 3].expand_as(points)
+    return origins, F.normalize(points - origins, dim=-1)
+
 def render_eg3d(
     G, # a `Generator`
     planes:Planes, pose:Pose, # as for `Generator.render`
@@ -284,9 +305,9 @@ def render_eg3d(
     c, size, b = G.config, size or G.config.render_resolution, len(planes.w_last)
     if len(pose) % b: raise InputError(f"render: expected as many poses as latents (or a multiple), got {len(pose)} poses and {b} latents")
     w = planes.w_last.repeat_interleave(len(pose) // b, 0)
-    c2w, k = G.camera(pose)
+    k = G.camera(pose)[1] if intrinsics is None else intrinsics
     share = lambda x: x.reshape(b, -1, x.shape[-1])
-    o, d = map(share, rays(c2w, k if intrinsics is None else intrinsics, size))
+    o, d = map(share, rays_eg3d(camera_eg3d(pose, c.radius, c.pivot), k, size))
     out = render_rays_eg3d(lambda xyz: G.field(planes, xyz), o, d, c.near, c.far, c.samples, c.fine_samples, c.background == "white", jitter, generator, None if noise is None else tuple(map(share, noise)))
     image = lambda x: x.reshape(len(pose), size * size, -1).mT.unflatten(-1, (size, size))
     features, depth, weight = map(image, out)
