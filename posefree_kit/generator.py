@@ -99,7 +99,7 @@ class GeneratorConfig:
     density_scale:float = 8. # density = scale * softplus(raw - 1)
     ball:float = 4. # convex prior added to the raw density: clamp(ball * (1 - |x|^2 / ball_radius^2), min=-2 ball); 0: none (EG3D)
     ball_radius:float = 0.2 # where the prior changes sign: about the size of a head
-    background:str = "linear" # "linear": a colour gradient over the image, from w (ours); "none": black
+    background:str = "linear" # "linear": a colour gradient over the image, from w (ours); "none": black; "white": ShapeNet's, with `march="eg3d"`
     radius:float = RADIUS # camera distance
     focal:float = FOCAL # focal length in image widths
     pivot:tuple = (0., 0., 0.) # the point that the camera looks at
@@ -280,7 +280,7 @@ def camera_eg3d(pose:Pose, radius:float, pivot:tuple) -> Tensor: # (B, 4, 4)
     norm = lambda x: F.normalize(x, dim=-1)
     r = radius if pose.radius is None else pose.radius
     position = torch.stack([r * phi.sin() * (math.pi - h).cos(), r * phi.cos(), r * phi.sin() * (math.pi - h).sin()], -1)
-    forward = norm(position.new_tensor(pivot) - position)
+    forward = norm(norm(position.new_tensor(pivot) - position)) # twice, as published: the last bit of a camera is 2e-4 in a steep scene
     right = -norm(torch.linalg.cross(position.new_tensor([0., 1, 0]).expand_as(forward), forward))
     top = torch.stack([right, norm(torch.linalg.cross(forward, right)), forward, position], -1)
     return torch.cat([top, top.new_tensor([0., 0, 0, 1]).expand(len(top), 1, 4)], 1)

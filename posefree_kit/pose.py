@@ -42,7 +42,7 @@ def look_at_angles(
 
 def look_at_pose(h:Tensor, v:Tensor, extra:Tensor|None=None, learns:str="radius") -> Pose: # (B,) each; extra: a learned radius, or a field of view, which no camera uses
     "PoF3D's two angles as a pose"
-    return Pose(math.pi / 2 - h, torch.asin(1 - v.clamp(1e-5, math.pi - 1e-5) * (2 / math.pi)), extra if learns == "radius" else None)
+    return Pose(math.pi / 2 - h, torch.asin(1 - 2 * (v.clamp(1e-5, math.pi - 1e-5) / math.pi)), extra if learns == "radius" else None)
 
 # %% ../nbs/06_pose_learner.ipynb #e129afa3
 class PoseFreeGenerator(Generator):

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from posefree_kit import cli, rendering
-from posefree_kit.camera import Pose, rays
+from posefree_kit.camera import Pose, pose_of_position, rays
 from posefree_kit.checkpoints import import_official, load_generator, module_state, official_config, official_name, plane_axes_name, read_card, read_snapshot, save_checkpoint
 from posefree_kit.core import InputError, config_from_dict, config_to_dict, sha256
 from posefree_kit.generator import GeneratorConfig, SuperResolution, render_eg3d, sample_planes_plain
