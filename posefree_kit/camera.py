@@ -22,12 +22,16 @@ class Pose:
     "A viewpoint: two angles on the camera sphere"
     yaw:Tensor # (B,) radians, + turns the face to its own left
     pitch:Tensor # (B,) radians, + raises the camera
+    radius:Tensor|None = None # (B,) distance of the camera, for the few imported generators that learn it; None: the generator's own
 
-    def __post_init__(self): check_shape(self.pitch, "B", "pitch", B=check_shape(self.yaw, "B", "yaw")["B"])
+    def __post_init__(self):
+        b = check_shape(self.yaw, "B", "yaw")["B"]; check_shape(self.pitch, "B", "pitch", B=b)
+        if self.radius is not None: check_shape(self.radius, "B", "radius", B=b)
+    def map(self, f): return Pose(f(self.yaw), f(self.pitch), None if self.radius is None else f(self.radius)) # the same change to every part
     def __len__(self): return len(self.yaw)
-    def __getitem__(self, i): return Pose(torch.atleast_1d(self.yaw[i]), torch.atleast_1d(self.pitch[i]))
-    def to(self, *args): return Pose(self.yaw.to(*args), self.pitch.to(*args))
-    def detach(self): return Pose(self.yaw.detach(), self.pitch.detach())
+    def __getitem__(self, i): return self.map(lambda x: torch.atleast_1d(x[i]))
+    def to(self, *args): return self.map(lambda x: x.to(*args))
+    def detach(self): return self.map(Tensor.detach)
     def stack(self) -> Tensor: return torch.stack([self.yaw, self.pitch], -1) # (B, 2) radians
     def degrees(self) -> Tensor: return torch.rad2deg(self.stack()) # (B, 2) degrees
     @staticmethod
@@ -45,11 +49,11 @@ def turn(
     pitch=0., # radians to add, a number or (B,)
 ) -> Pose:
     "The pose seen after turning the face further: delta-theta of Eq. 4"
-    return Pose(pose.yaw + yaw, pose.pitch + pitch)
+    return Pose(pose.yaw + yaw, pose.pitch + pitch, pose.radius)
 
 def mirror(pose:Pose) -> Pose:
     "The pose of the mirrored image (left and right swapped)"
-    return Pose(-pose.yaw, pose.pitch)
+    return Pose(-pose.yaw, pose.pitch, pose.radius)
 
 def camera_position(pose:Pose, radius:float=RADIUS) -> Tensor: # (B, 3)
     "Where the camera stands on its sphere"
@@ -64,11 +68,11 @@ def pose_of_position(position:Tensor) -> Pose: # position: (B, 3), any length
 # %% ../nbs/01_camera.ipynb #10a55051
 def cam2world(
     pose:Pose, # (B,) viewpoints
-    radius:float=RADIUS, # camera distance from the origin
+    radius:float=RADIUS, # camera distance from the origin, where the pose has none of its own
     pivot:tuple=(0., 0., 0.), # the point looked at (the camera's position does not move with it, as in EG3D)
 ) -> Tensor: # (B, 4, 4)
     "Camera frame to world: columns right, down, forward, position"
-    position = camera_position(pose, radius)
+    position = camera_position(pose, radius) if pose.radius is None else camera_position(pose, 1.) * pose.radius[:, None]
     norm = lambda v: torch.nn.functional.normalize(v, dim=-1)
     forward = norm(position.new_tensor(pivot) - position)
     right = norm(torch.linalg.cross(forward, position.new_tensor([0., 1, 0]).expand_as(forward)))

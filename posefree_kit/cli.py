@@ -6,7 +6,7 @@
 __all__ = ['app', 'LATENT', 'FILES', 'METRICS', 'FIELDS', 'say', 'command', 'save_latent', 'load_latent', 'finite', 'full_report',
            'complete', 'Job', 'writable', 'lpips_alex', 'inversion_config', 'read_square', 'claim', 'skip', 'optimise',
            'write_results', 'one_image', 'Outcome', 'invert', 'render', 'latent_and_generator', 'portraits',
-           'architecture', 'train', 'grown', 'training_images', 'Diagnosis', 'doctor']
+           'architecture', 'train', 'grown', 'training_images', 'import_official', 'Diagnosis', 'doctor']
 
 # %% ../nbs/18_cli.ipynb #8ef8ee84
 import functools, json, math, os, sys, tempfile
@@ -399,6 +399,28 @@ def training_images(folder, n:int, size:int, device, progress:bool, plain:bool=F
     if folder is not None: return UnposedImages.folder(folder, size)
     if n < 1: raise InputError(f"expected at least 1 portrait to train on, got {n}")
     return UnposedImages.portraits(n, size, plain=plain, device=device, progress=progress)
+
+# %% ../nbs/18_cli.ipynb #aebdfc2b
+@command
+def import_official(
+    file:Annotated[Path, typer.Argument(help="A snapshot (.pkl), or bare tensors (.safetensors, .pt) with --config.", show_default=False)],
+    out:Annotated[Path, typer.Argument(help="The generator to write (.safetensors); its card goes beside it.", show_default=False)],
+    config:Annotated[Optional[Path], typer.Option(help="The official configuration (JSON); a snapshot brings its own.", show_default=False)]=None,
+    overwrite:Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]=False,
+): # the generator
+    "Read official PoF3D weights without running their code."
+    import warnings
+    from posefree_kit import checkpoints
+    from posefree_kit.core import InputError
+    if out.suffix != ".safetensors": raise InputError(f"expected OUT as a .safetensors file, got {str(out)!r}")
+    if out.exists() and not overwrite: raise InputError(f"expected a new file, got {str(out)!r}, which is there: --overwrite replaces it")
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        G = checkpoints.import_official(file, config)
+    for text in G.source["notes"]: say(f"note: {text}", err=True)
+    path = checkpoints.save_checkpoint(out, G)
+    say(f"{path}: {G.resolution} pixels, rays at {G.render_resolution}; source SHA-256 {G.sha256[:12] or 'unknown'}")
+    return G
 
 # %% ../nbs/18_cli.ipynb #fb7595ea
 @dataclass

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['AXES', 'SUPERRESOLUTION', 'MARCH', 'FLAGS', 'sample_planes_plain', 'plane_corners', 'WeightedRows', 'sample_planes',
            'GeneratorConfig', 'Planes', 'View', 'Decoder', 'ball_prior', 'Background', 'SuperResolution', 'MarchField',
-           'march_library', 'CompiledMarch', 'compiled_rays', 'Generator', 'pof3d_config']
+           'march_library', 'CompiledMarch', 'compiled_rays', 'Generator', 'camera_eg3d', 'rays_eg3d', 'render_eg3d',
+           'pof3d_config']
 
 # %% ../nbs/05_generator.ipynb #761775fb
 import ctypes, functools, hashlib, itertools, math, os, platform, shutil, subprocess
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 from .camera import FOCAL, RADIUS, Pose, cam2world, intrinsics as pinhole, rays
 from .core import InputError, check_shape, whole_file
-from .rendering import Rays, coarse_depths, render_rays, softplus_density
+from .rendering import Rays, coarse_depths, render_rays, render_rays_eg3d, softplus_density
 from .stylegan import Linear, Mapping, Synthesis, SynthesisBlock, lrelu, upsample
 
 # %% ../nbs/05_generator.ipynb #12b625e6
@@ -101,7 +102,7 @@ class GeneratorConfig:
     density_scale:float = 8. # density = scale * softplus(raw - 1)
     ball:float = 4. # convex prior added to the raw density: clamp(ball * (1 - |x|^2 / ball_radius^2), min=-2 ball); 0: none (EG3D)
     ball_radius:float = 0.2 # where the prior changes sign: about the size of a head
-    background:str = "linear" # "linear": a colour gradient over the image, from w (ours); "none": black
+    background:str = "linear" # "linear": a colour gradient over the image, from w (ours); "none": black; "white": ShapeNet's, with `march="eg3d"`
     radius:float = RADIUS # camera distance
     focal:float = FOCAL # focal length in image widths
     pivot:tuple = (0., 0., 0.) # the point that the camera looks at
@@ -115,11 +116,26 @@ class GeneratorConfig:
     pose_rate:float = 0.05 # learning-rate multiplier of the pose learner
     pose_start_deg:tuple = (20., 8.6) # standard deviation of yaw and pitch before training, degrees
     domain:str = "faces" # what it generates: "faces" use an identity network in Eq. 3, anything else CLIP features
+    # habits of published generators, switched on by `import_official` alone (chapter 09)
+    march:str = "plain" # "plain": ours; "eg3d": pooled weights, shifted bins, depth clamped over the batch (chapter 03)
+    pose_rule:str = "tanh" # "tanh": squeezed into +/- 80 degrees (ours); "look_at": PoF3D's two angles h and v (chapter 06)
+    pose_mean:tuple = (math.pi / 2, math.pi / 2) # look_at: added to the learner's h and v, radians
+    pose_clamp:tuple = ((), ()) # look_at: lowest and highest h, and v, radians; (): no limit
+    pose_extra:str = "none" # look_at: a third output of the learner: "radius", added to `radius`; "fov" in degrees, added to `fov_mean`
+    fov_mean:float = 20. # degrees; with `pose_extra="fov"` only
+    decoder_rate:float = 1. # learning-rate multiplier of the decoder
+    backbone_clamp:float|None = None # where activations of the synthesis are cut; None: nowhere
+    superres_clamp:float|None = 256. # the same for the super-resolution
+    clamp_gain:float = math.sqrt(2) # convolutions are cut at the clamp times this (published: 1)
+    superres_noise:bool = False # fixed noise in the super-resolution
+    superres_antialias:bool = True # antialiasing where features are resized for the super-resolution
 
     def __post_init__(self):
-        for name, allowed in dict(plane_axes=tuple(AXES), decoder_act=("lrelu", "softplus"), background=("linear", "none"), superresolution=tuple(SUPERRESOLUTION)).items():
+        for name, allowed in dict(plane_axes=tuple(AXES), decoder_act=("lrelu", "softplus"), background=("linear", "none", "white"), superresolution=tuple(SUPERRESOLUTION),
+                                   march=("plain", "eg3d"), pose_rule=("tanh", "look_at"), pose_extra=("none", "radius", "fov")).items():
             if getattr(self, name) not in allowed: raise InputError(f"GeneratorConfig.{name}: expected one of {allowed}, got {getattr(self, name)!r}")
         if not 0 <= self.view_dim < min(self.z_dim, self.w_dim): raise InputError(f"GeneratorConfig.view_dim: expected 0 .. w_dim - 1, got {self.view_dim}")
+        if self.background == "white" and self.march != "eg3d": raise InputError("GeneratorConfig: a white background is part of the march 'eg3d'")
         if self.view_dim and self.z_dim != self.w_dim: raise InputError("GeneratorConfig: a view part needs z_dim == w_dim")
 
     @property
@@ -151,9 +167,9 @@ class View(NamedTuple):
 
 class Decoder(nn.Module):
     "A plane feature to raw density and rendered channels in [0, 1] (with EG3D's margin of 0.001)"
-    def __init__(self, inputs:int, hidden:int, outputs:int, act:str):
+    def __init__(self, inputs:int, hidden:int, outputs:int, act:str, rate:float=1.):
         super().__init__()
-        self.hidden, self.out = Linear(inputs, hidden, act={"lrelu": lrelu, "softplus": F.softplus}[act]), Linear(hidden, 1 + outputs)
+        self.hidden, self.out = Linear(inputs, hidden, act={"lrelu": lrelu, "softplus": F.softplus}[act], rate=rate), Linear(hidden, 1 + outputs, rate=rate)
     def forward(self, x):
         y = self.out(self.hidden(x))
         return y[..., 0], y[..., 1:].sigmoid() * 1.002 - .001
@@ -173,16 +189,16 @@ class Background(nn.Module):
 
 class SuperResolution(nn.Module):
     "Rendered features to a larger image by two synthesis blocks, all with the last w"
-    def __init__(self, kind:str, inputs:int, w_dim:int):
+    def __init__(self, kind:str, inputs:int, w_dim:int, clamp:float|None=256., clamp_gain:float=math.sqrt(2), antialias:bool=True):
         super().__init__()
-        self.size, spec = SUPERRESOLUTION[kind]
+        (self.size, spec), self.antialias = SUPERRESOLUTION[kind], antialias
         ins, size, self.shrink, self.blocks = inputs, self.size, kind != "4x", nn.ModuleList()
         for channels, up in spec:
             size *= 2 if up else 1
-            self.blocks.append(SynthesisBlock(ins, channels, w_dim, 3, size, up=up, noise=True, clamp=256.)); ins = channels
+            self.blocks.append(SynthesisBlock(ins, channels, w_dim, 3, size, up=up, noise=True, clamp=clamp, clamp_gain=clamp_gain)); ins = channels
     def forward(self, rgb, features, w, noise=False):
         if features.shape[-1] != self.size and (self.shrink or features.shape[-1] < self.size):
-            rgb, features = (F.interpolate(x, (self.size,) * 2, mode="bilinear", align_corners=False, antialias=True) for x in (rgb, features))
+            rgb, features = (F.interpolate(x, (self.size,) * 2, mode="bilinear", align_corners=False, antialias=self.antialias) for x in (rgb, features))
         ws = w[:, None].expand(-1, 3, -1)
         for block in self.blocks: features, rgb = block(features, rgb, ws, noise)
         return rgb
@@ -266,10 +282,10 @@ class Generator(nn.Module):
         super().__init__()
         c = self.config = config
         self.mapper = Mapping(c.z_dim - c.view_dim, c.look_dim, c.mapping_layers, c.mapping_rate)
-        self.synthesis = Synthesis(c.look_dim, c.channels, 3 * c.plane_channels, c.noise)
-        self.decoder = Decoder(c.plane_channels, c.decoder_hidden, c.features, c.decoder_act)
+        self.synthesis = Synthesis(c.look_dim, c.channels, 3 * c.plane_channels, c.noise, c.backbone_clamp, c.clamp_gain)
+        self.decoder = Decoder(c.plane_channels, c.decoder_hidden, c.features, c.decoder_act, c.decoder_rate)
         self.background = Background(c.look_dim) if c.background == "linear" else None
-        self.superres = None if c.superresolution == "none" else SuperResolution(c.superresolution, c.features, c.look_dim)
+        self.superres = None if c.superresolution == "none" else SuperResolution(c.superresolution, c.features, c.look_dim, c.superres_clamp, c.clamp_gain, c.superres_antialias)
         self.register_buffer("w_avg", torch.zeros(c.w_dim))
 
     num_ws = property(lambda self: self.synthesis.num_ws) # layers that take their own w
@@ -329,6 +345,7 @@ class Generator(nn.Module):
         generator=None, # random stream of the jitter
     ) -> View:
         "Render planes from a pose; differentiable in both"
+        if self.config.march == "eg3d": return render_eg3d(self, planes, pose, size, jitter, intrinsics, generator)
         c, size, b = self.config, size or self.config.render_resolution, len(planes.w_last)
         if len(pose) % b: raise InputError(f"render: expected as many poses as latents (or a multiple), got {len(pose)} poses and {b} latents")
         w = planes.w_last.repeat_interleave(len(pose) // b, 0)
@@ -348,6 +365,49 @@ class Generator(nn.Module):
     def view(self, ws:Tensor, pose:Pose, **kwargs) -> View:
         "`render(planes(ws), pose)`"
         return self.render(self.planes(ws), pose, **kwargs)
+
+# %% ../nbs/05_generator.ipynb #2a327f6e
+def camera_eg3d(pose:Pose, radius:float, pivot:tuple) -> Tensor: # (B, 4, 4)
+    "`camera.cam2world` by the published formula, in PoF3D's own angles"
+    h, phi = math.pi / 2 - pose.yaw, torch.arccos(pose.pitch.sin())
+    norm = lambda x: F.normalize(x, dim=-1)
+    r = radius if pose.radius is None else pose.radius
+    position = torch.stack([r * phi.sin() * (math.pi - h).cos(), r * phi.cos(), r * phi.sin() * (math.pi - h).sin()], -1)
+    forward = norm(norm(position.new_tensor(pivot) - position)) # twice, as published: the last bit of a camera is 2e-4 in a steep scene
+    right = -norm(torch.linalg.cross(position.new_tensor([0., 1, 0]).expand_as(forward), forward))
+    top = torch.stack([right, norm(torch.linalg.cross(forward, right)), forward, position], -1)
+    return torch.cat([top, top.new_tensor([0., 0, 0, 1]).expand(len(top), 1, 4)], 1)
+
+def rays_eg3d(c2w:Tensor, k:Tensor, size:int) -> tuple: # (B, 4, 4), (B, 3, 3), pixels a side -> origins, unit directions (B, size*size, 3)
+    "`camera.rays` in the published order: a point of the image plane in the world, minus the camera. In steep fields the last bit of a direction is visible in a colour"
+    at = (torch.arange(size, device=c2w.device, dtype=c2w.dtype) + .5) / size
+    v, u = (x.reshape(1, -1) for x in torch.meshgrid(at, at, indexing="ij"))
+    y = (v - k[:, 1, 2:]) / k[:, 1, 1:2]
+    x = (u - k[:, 0, 2:] - k[:, 0, 1:2] * y) / k[:, 0, :1]
+    points = torch.bmm(c2w, torch.stack([x, y, torch.ones_like(x), torch.ones_like(x)], 1))[:, :3].mT
+    origins = c2w[:, None, :3, 3].expand_as(points)
+    return origins, F.normalize(points - origins, dim=-1)
+
+def render_eg3d(
+    G, # a `Generator`
+    planes:Planes, pose:Pose, # as for `Generator.render`
+    size:int|None=None, jitter:float=0., intrinsics:Tensor|None=None, generator=None,
+    noise:tuple|None=None, # random numbers of the samples: coarse (poses, rays, samples), fine (poses, rays, fine_samples), in [0, 1]
+) -> View:
+    "Render by the rules of published generators"
+    c, size, b = G.config, size or G.config.render_resolution, len(planes.w_last)
+    if len(pose) % b: raise InputError(f"render: expected as many poses as latents (or a multiple), got {len(pose)} poses and {b} latents")
+    w = planes.w_last.repeat_interleave(len(pose) // b, 0)
+    k = G.camera(pose)[1] if intrinsics is None else intrinsics
+    share = lambda x: x.reshape(b, -1, x.shape[-1])
+    o, d = map(share, rays_eg3d(camera_eg3d(pose, c.radius, c.pivot), k, size))
+    out = render_rays_eg3d(lambda xyz: G.field(planes, xyz), o, d, c.near, c.far, c.samples, c.fine_samples, c.background == "white", jitter, generator, None if noise is None else tuple(map(share, noise)))
+    image = lambda x: x.reshape(len(pose), size * size, -1).mT.unflatten(-1, (size, size))
+    features, depth, weight = map(image, out)
+    features = features * 2 - 1
+    raw = features[:, :3]
+    rgb = raw if G.superres is None else G.superres(raw, features, w, c.superres_noise)
+    return View(rgb, raw, depth, weight)
 
 # %% ../nbs/05_generator.ipynb #15319609
 def pof3d_config(width:int=512, superresolution:str="4x", **changes) -> GeneratorConfig: # width: channels at most; the public models have 512

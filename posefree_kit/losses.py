@@ -77,13 +77,14 @@ def multiview(
 ) -> Tensor: # (B,)
     "Views from nearby, carried back, must agree with the view from here (paper, Eq. 4; visibility masks and normalisation by their area are ours)"
     n, b = len(offsets), len(pose)
-    near = Pose(*((p.repeat_interleave(n) + o.to(p).repeat(b)) for p, o in ((pose.yaw, offsets.yaw), (pose.pitch, offsets.pitch))))
+    here = pose.map(lambda x: x.repeat_interleave(n))
+    near = turn(here, *(o.to(pose.yaw).repeat(b) for o in (offsets.yaw, offsets.pitch)))
     novel = generator.render(planes, near, size=size)
     rep = lambda x: x.repeat_interleave(n, 0)
     fit = lambda x: x if x.shape[-1] == novel.rgb.shape[-1] else F.interpolate(x, novel.rgb.shape[-2:], mode="bilinear", align_corners=False)
     keep = (lambda x: x) if grad_depth else torch.Tensor.detach
     hold = lambda cam: tuple(keep(x) for x in cam)
-    warped, visible = warp_to_reference(novel.rgb, keep(fit(novel.depth)), keep(rep(fit(view.depth))), rep(fit(view.weight)).detach(), hold(generator.camera(Pose(rep(pose.yaw), rep(pose.pitch)))), hold(generator.camera(near)))
+    warped, visible = warp_to_reference(novel.rgb, keep(fit(novel.depth)), keep(rep(fit(view.depth))), rep(fit(view.weight)).detach(), hold(generator.camera(here)), hold(generator.camera(near)))
     visible = visible.detach()
     reference = rep((view.rgb if target is None else target).detach())
     area = visible.mean((1, 2, 3)).clamp(min=.05)

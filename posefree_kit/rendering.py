@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['alpha_from_density', 'weights_from_alpha', 'weights_from_density', 'composite', 'coarse_depths', 'fine_depths',
-           'Rays', 'softplus_density', 'interval_weights', 'march', 'render_rays', 'query']
+           'Rays', 'softplus_density', 'interval_weights', 'march', 'render_rays', 'query', 'pooled_weights',
+           'fine_depths_eg3d', 'march_eg3d', 'render_rays_eg3d']
 
 # %% ../nbs/03_rendering.ipynb #b14011a4
 from typing import NamedTuple
@@ -117,3 +118,66 @@ def query(field, origins:Tensor, dirs:Tensor, t:Tensor) -> tuple: # raw (B, N, S
     xyz = origins[:, :, None] + dirs[:, :, None] * t[..., None]
     raw, values = field(xyz.reshape(b, n * s, 3))
     return raw.view(b, n, s), values.view(b, n, s, -1)
+
+# %% ../nbs/03_rendering.ipynb #8408cc69
+def pooled_weights(weights:Tensor) -> Tensor: # (..., S-1) -> (..., S-1)
+    "Coarse weights spread to their neighbours (the larger of two, then the mean of two), plus 0.01: so that surfaces are not missed by a little"
+    p = torch.maximum(F.pad(weights, (1, 0), value=-torch.inf), F.pad(weights, (0, 1), value=-torch.inf))
+    return (p[..., 1:] + p[..., :-1]) / 2 + .01
+
+def fine_depths_eg3d(
+    depths:Tensor, # (B, N, S) sorted
+    weights:Tensor, # (B, N, S-1) weight of each interval
+    u:Tensor, # (B, N, F) in [0, 1]: where in the cumulative weight to look
+    pooled:bool=True, # spread the weights first
+    shifted:bool=True, # the published bins; False: each weight stays on its own interval between midpoints
+) -> Tensor: # (B, N, F)
+    "Importance samples as EG3D and PoF3D draw them"
+    p = (pooled_weights(weights) if pooled else weights).detach()[..., 1:-1] + 1e-5
+    mid = (depths[..., 1:] + depths[..., :-1]) / 2
+    bins = mid[..., :-1] if shifted else depths[..., 1:-1]
+    cdf = F.pad((p / p.sum(-1, keepdim=True)).cumsum(-1), (1, 0)).contiguous()
+    i = torch.searchsorted(cdf, u.contiguous(), right=True)
+    lo, hi = (i - 1).clamp(min=0), i.clamp(max=cdf.shape[-1] - 1)
+    at = lambda x, i: x.gather(-1, i)
+    step = at(cdf, hi) - at(cdf, lo)
+    t = (u - at(cdf, lo)) / torch.where(step < 1e-5, torch.ones_like(step), step)
+    return at(bins, lo) + t * (at(bins, hi) - at(bins, lo))
+
+# %% ../nbs/03_rendering.ipynb #dd86c468
+def march_eg3d(
+    raw:Tensor, values:Tensor, depths:Tensor, # (B, N, S), (B, N, S, C), (B, N, S) sorted
+    white:bool=False, # white behind everything, in every channel
+) -> Rays:
+    "Composite as EG3D and PoF3D do: the product of what is let through (each factor raised by 1e-10), the depth of empty rays from the whole batch"
+    alpha = alpha_from_density(F.softplus((raw[..., 1:] + raw[..., :-1]) / 2 - 1), depths.diff(dim=-1))
+    through = torch.cumprod(torch.cat([torch.ones_like(alpha[..., :1]), 1 - alpha + 1e-10], -1), -1)[..., :-1]
+    w = alpha * through
+    seen, weight = composite(w, (values[..., 1:, :] + values[..., :-1, :]) / 2), w.sum(-1)
+    z = (w * (depths[..., 1:] + depths[..., :-1]) / 2).sum(-1) / torch.where(weight > 0, weight, torch.ones_like(weight))
+    depth = torch.where(weight > 0, z, torch.full_like(z, torch.inf)).clamp(depths.detach().min(), depths.detach().max())
+    return Rays(seen + (1 - weight)[..., None] if white else seen, depth, weight)
+
+def render_rays_eg3d(
+    field, # xyz (B, M, 3) -> raw density (B, M), values (B, M, C)
+    origins:Tensor, dirs:Tensor, # (B, N, 3) each, dirs of length 1
+    near:float, far:float, # ray ends
+    samples:int, fine_samples:int, # coarse and importance samples a ray
+    white:bool=False, # white behind everything
+    jitter:float=0., generator=None, # 0: the same samples every time; 1: drawn as in training
+    noise:tuple|None=None, # given random numbers in [0, 1] instead: coarse (B, N, samples), fine (B, N, fine_samples)
+) -> Rays:
+    "Render a field along rays by the published rules"
+    draw = lambda s: torch.rand(*origins.shape[:2], s, device=origins.device, dtype=origins.dtype, generator=generator)
+    t = coarse_depths(near, far, samples, origins)
+    if noise is not None or jitter: t = t + (noise[0] if noise is not None else jitter * draw(samples)) * ((far - near) / (samples - 1))
+    raw, values = query(field, origins, dirs, t)
+    if fine_samples:
+        u = torch.linspace(0, 1, fine_samples, device=t.device, dtype=t.dtype).expand(*t.shape[:2], fine_samples)
+        if noise is not None or jitter: u = noise[1] if noise is not None else u + jitter * (draw(fine_samples) - u)
+        with torch.no_grad(): more = fine_depths_eg3d(t, weights_from_density(F.softplus((raw[..., 1:] + raw[..., :-1]) / 2 - 1), t.diff(dim=-1)), u)
+        raw2, values2 = query(field, origins, dirs, more)
+        t, order = torch.cat([t, more], -1).sort(-1)
+        raw = torch.cat([raw, raw2], -1).gather(-1, order)
+        values = torch.cat([values, values2], -2).gather(-2, order[..., None].expand(*order.shape, values.shape[-1]))
+    return march_eg3d(raw, values, t, white)

@@ -60,11 +60,11 @@ def modulated_conv(
 # %% ../nbs/04_stylegan.ipynb #de5d9bb1
 class ModConv(nn.Module):
     "Style, modulated convolution, optional fixed noise, bias, activation"
-    def __init__(self, inputs:int, outputs:int, w_dim:int, kernel:int=3, up:bool=False, noise_size:int=0, clamp:float|None=None):
+    def __init__(self, inputs:int, outputs:int, w_dim:int, kernel:int=3, up:bool=False, noise_size:int=0, clamp:float|None=None, clamp_gain:float=math.sqrt(2)):
         super().__init__()
         self.style = Linear(w_dim, inputs, bias=1.)
         self.weight, self.bias = nn.Parameter(torch.randn(outputs, inputs, kernel, kernel)), nn.Parameter(torch.zeros(outputs))
-        self.up, self.clamp = up, clamp
+        self.up, self.clamp = up, None if clamp is None else clamp * clamp_gain
         if noise_size:
             self.noise_strength = nn.Parameter(torch.zeros([]))
             self.register_buffer("noise", torch.randn(noise_size, noise_size))
@@ -72,7 +72,7 @@ class ModConv(nn.Module):
         y = modulated_conv(x, self.weight, self.style(w), up=self.up)
         if noise and hasattr(self, "noise"): y = y + (self.noise * self.noise_strength).to(y.dtype)
         y = lrelu(y + self.bias[:, None, None].to(y.dtype))
-        return y if self.clamp is None else y.clamp(-self.clamp * math.sqrt(2), self.clamp * math.sqrt(2))
+        return y if self.clamp is None else y.clamp(-self.clamp, self.clamp)
 
 class ToImage(nn.Module):
     "A 1 x 1 modulated convolution without demodulation that writes to the running image"
@@ -86,12 +86,12 @@ class ToImage(nn.Module):
 
 class SynthesisBlock(nn.Module):
     "One resolution: (a learned constant or two convolutions, the first optionally doubling), then its contribution to the running image"
-    def __init__(self, inputs:int, outputs:int, w_dim:int, image_channels:int, size:int, up:bool=True, noise:bool=False, clamp:float|None=None):
+    def __init__(self, inputs:int, outputs:int, w_dim:int, image_channels:int, size:int, up:bool=True, noise:bool=False, clamp:float|None=None, clamp_gain:float=math.sqrt(2)):
         super().__init__()
         n, self.up = size if noise else 0, up and inputs > 0
-        if inputs: self.conv0 = ModConv(inputs, outputs, w_dim, up=up, noise_size=n, clamp=clamp)
+        if inputs: self.conv0 = ModConv(inputs, outputs, w_dim, up=up, noise_size=n, clamp=clamp, clamp_gain=clamp_gain)
         else: self.const = nn.Parameter(torch.randn(outputs, size, size))
-        self.conv1 = ModConv(outputs, outputs, w_dim, noise_size=n, clamp=clamp)
+        self.conv1 = ModConv(outputs, outputs, w_dim, noise_size=n, clamp=clamp, clamp_gain=clamp_gain)
         self.to_image = ToImage(outputs, image_channels, w_dim, clamp)
         self.num_convs = 2 if inputs else 1
     def forward(self, x, image, ws, noise=True): # ws: (B, num_convs + 1, w_dim)
@@ -104,10 +104,10 @@ class SynthesisBlock(nn.Module):
 
 class Synthesis(nn.Module):
     "Blocks from 4 x 4 up; each `to_image` shares its w with the next block's first convolution"
-    def __init__(self, w_dim:int, channels:tuple, image_channels:int, noise:bool=False):
+    def __init__(self, w_dim:int, channels:tuple, image_channels:int, noise:bool=False, clamp:float|None=None, clamp_gain:float=math.sqrt(2)):
         super().__init__()
         ins = (0,) + tuple(channels[:-1])
-        self.blocks = nn.ModuleList(SynthesisBlock(i, o, w_dim, image_channels, 4 * 2 ** k, noise=noise) for k, (i, o) in enumerate(zip(ins, channels)))
+        self.blocks = nn.ModuleList(SynthesisBlock(i, o, w_dim, image_channels, 4 * 2 ** k, noise=noise, clamp=clamp, clamp_gain=clamp_gain) for k, (i, o) in enumerate(zip(ins, channels)))
         self.num_ws, self.w_dim, self.resolution = sum(b.num_convs for b in self.blocks) + 1, w_dim, 2 * 2 ** len(channels)
     def forward(self, ws:Tensor, noise:bool=True) -> Tensor: # ws (B, num_ws, w_dim) -> (B, image_channels, resolution, resolution)
         check_shape(ws, "B N D", "ws", N=self.num_ws, D=self.w_dim)

@@ -1,0 +1,554 @@
+"Official weights: parity with recorded outputs of the public generator, snapshots that are followed and never run, and each published habit with its effect."
+import collections
+import copy
+import io
+import json
+import math
+import os
+import pickle
+import subprocess
+import sys
+import types
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from posefree_kit import cli, rendering
+from posefree_kit.camera import Pose, pose_of_position, rays
+from posefree_kit.checkpoints import import_official, load_generator, module_state, official_config, official_name, plane_axes_name, read_card, read_snapshot, save_checkpoint
+from posefree_kit.core import InputError, config_from_dict, config_to_dict, sha256
+from posefree_kit.generator import GeneratorConfig, SuperResolution, render_eg3d, sample_planes_plain
+from posefree_kit.pose import PoseFreeGenerator, look_at_angles, look_at_pose
+from posefree_kit.rendering import fine_depths_eg3d, march, march_eg3d, pooled_weights, softplus_density
+from posefree_kit.stylegan import ModConv
+
+REFERENCE = Path(os.environ.get("POSEFREE_REFERENCE") or Path(__file__).parents[2]/"shared/reference")
+IMAGE, PLANES, EXACT = 5e-4, 1e-4, 2e-6 # largest difference allowed
+
+class Reference:
+    "One recorded configuration"
+    def __init__(self, name):
+        folder = REFERENCE/name
+        self.io, self.options = load_file(folder/"io.safetensors"), json.loads((folder/"config.json").read_text())
+        self.G = import_official(folder/"state.safetensors", folder/"config.json")
+        self.k, self.size = self.io["in.intrinsics"], self.options["neural_rendering_resolution"]
+        with torch.no_grad():
+            self.w = self.G.mapping(self.io["in.z"])
+            self.planes = self.G.planes(self.w)
+
+    def __contains__(self, key): return f"out.{key}" in self.io
+    def out(self, key): return self.io[f"out.{key}"]
+    def close(self, got, key, tolerance):
+        want = self.out(key)
+        error = float((got.reshape(want.shape) - want).abs().max())
+        assert error <= tolerance, f"{key}: largest difference {error:.2e}, allowed {tolerance:.0e}"
+    def seen(self, view, key=""):
+        "Every output of a rendering that was recorded"
+        for part, got in (("image", view.rgb), ("image_raw", view.rgb_raw), ("weight_sum", view.weight.flatten(2).mT)):
+            if key + part in self: self.close(got, key + part, IMAGE)
+        if key + "depth" in self:
+            there = view.weight > 1e-3
+            assert float((view.depth - self.out(key + "depth"))[there].abs().max()) <= 2 * IMAGE, f"{key}depth"
+
+@pytest.fixture(scope="module", params=["ffhq128", "afhq512"])
+def ref(request):
+    if not (REFERENCE/request.param).is_dir(): pytest.skip("skipped: no reference")
+    return Reference(request.param)
+
+def render(ref, pose, noise=None, planes=None, size=None, k=None):
+    with torch.no_grad(): return render_eg3d(ref.G, planes or ref.planes, pose, size or ref.size, intrinsics=ref.k if k is None else k, noise=noise)
+
+def test_codes_pose_and_rays(ref):
+    G, w = ref.G, ref.w
+    with torch.no_grad():
+        ref.close(w, "w", EXACT); ref.close(G.expand_ws(w), "ws", EXACT)
+        ref.close(G.expand_ws(G.truncate(w, .7)), "ws_psi0.7", EXACT); ref.close(G.truncate(w, .7, 8), "ws_psi0.7_cut8", EXACT)
+        ref.close(look_at_angles(G.pose_learner.out(G.pose_learner.hidden(w)), G.config), "cam_pose", EXACT)
+        c2w, k = G.camera(G.pose(w))
+        ref.close(c2w, "c2w", EXACT); assert torch.allclose(k, ref.k, atol=1e-6)
+        o, d = rays(c2w, ref.k, ref.size)
+        ref.close(o, "ray_origins", EXACT); ref.close(d, "ray_dirs", EXACT)
+        novel = G.camera(look_at_pose(*ref.io["in.novel_hv"].unbind(-1)))[0]
+        assert torch.allclose(novel, ref.io["in.novel_c2w"], atol=EXACT)
+
+def test_planes_and_their_blocks(ref):
+    G, got = ref.G, {}
+    hooks = [b.register_forward_hook(lambda m, a, out, k=k: got.update({f"block{4 * 2 ** k}.x": out[0], f"block{4 * 2 ** k}.img": out[1]})) for k, b in enumerate(G.synthesis.blocks)]
+    try: planes = G.synthesis(G.expand_ws(ref.w))
+    finally: [h.remove() for h in hooks]
+    for key in (k for k in got if k in ref): ref.close(got[key], key, PLANES)
+    ref.close(planes.mean((2, 3)), "planes_mean", PLANES); ref.close(planes.std((2, 3)), "planes_std", PLANES)
+    if "planes_sub4" in ref: ref.close(planes[..., ::4, ::4], "planes_sub4", PLANES)
+    if "planes_noisenone_sub8" in ref: ref.close(G.synthesis(G.expand_ws(ref.w), noise=False)[..., ::8, ::8], "planes_noisenone_sub8", PLANES)
+
+def test_features_at_points(ref):
+    xyz, c = ref.io["in.points"], ref.G.config
+    each = torch.stack([sample_planes_plain(torch.zeros_like(ref.planes.features).index_copy(1, torch.tensor([i]), ref.planes.features[:, i:i + 1]), xyz, c.box, c.plane_axes) * 3 for i in range(3)], 1)
+    ref.close(each, "points_features", PLANES)
+    with torch.no_grad(): raw, values = ref.G.field(ref.planes, xyz)
+    ref.close(values, "points_rgb", PLANES)
+    assert float((raw[..., None] - ref.out("points_sigma")).abs().max()) < PLANES * max(1, float(ref.out("points_sigma").abs().max()) / 10)
+
+def test_samples_along_rays(ref, monkeypatch):
+    G, got = ref.G, []
+    monkeypatch.setattr(rendering, "fine_depths_eg3d", lambda *a: got.append((*a[:2], fine_depths_eg3d(*a))) or got[0][2])
+    monkeypatch.setattr(rendering, "march_eg3d", lambda *a: got.append(a) or march_eg3d(*a))
+    monkeypatch.setattr(G.superres, "forward", lambda rgb, *a: rgb)
+    render(ref, G.pose(ref.w))
+    coarse, weights, fine = got[0]
+    ref.close(coarse, "depths_coarse", EXACT); ref.close(weights, "weights_coarse", PLANES); ref.close(fine, "depths_fine", PLANES)
+    raw, values, z, _ = got[1]
+    left = torch.exp(-(F.softplus((raw[..., 1:] + raw[..., :-1]) / 2 - 1) * z.diff(dim=-1))[..., :-1].sum(-1))
+    ref.close(left, "transmittance_last", IMAGE)                              # what reaches the last interval
+
+def test_views(ref):
+    pose = ref.G.pose(ref.w)
+    view = render(ref, pose)
+    ref.seen(view)
+    with torch.no_grad(): assert torch.equal(ref.G.render(ref.planes, pose, ref.size, intrinsics=ref.k).rgb, view.rgb)
+    novel = look_at_pose(*ref.io["in.novel_hv"].unbind(-1))
+    for i in range(3):
+        if f"novel{i}.image" in ref: ref.seen(render(ref, Pose(novel.yaw[[i] * len(pose)], novel.pitch[[i] * len(pose)])), f"novel{i}.")
+
+def test_given_numbers_sizes_truncation_and_noise(ref):
+    G, io, pose, n = ref.G, ref.io, ref.G.pose(ref.w), ref.size ** 2
+    coarse, fine = io["in.noise.u_coarse"][..., 0], io["in.noise.u_fine"].reshape(len(pose), n, -1)
+    ref.seen(render(ref, pose, (coarse, fine)), "given.")
+    if "mid.image" in ref:
+        middle = ((torch.arange(fine.shape[-1]) + .5) / fine.shape[-1]).expand_as(fine)
+        ref.seen(render(ref, pose, (torch.full_like(coarse, .5), middle)), "mid.")
+    if "nrr64.image" in ref: # at the module's own input size the published raw image already contains what the first block adds; ours does not
+        features = []
+        hook = G.superres.blocks[0].register_forward_hook(lambda m, a, out: features.append(out[1]))
+        view = render(ref, pose, size=64)
+        hook.remove()
+        ref.seen(view._replace(rgb_raw=features[0]), "nrr64.")
+        assert (view.rgb_raw - features[0]).abs().max() > 1
+    if "psi0.7.depth" in ref:
+        with torch.no_grad(): ref.seen(render(ref, pose, planes=G.planes(G.truncate(ref.w, .7))), "psi0.7.") # the pose is that of the whole code
+    if "srconst.image" in ref:
+        view = render(ref, pose)
+        with torch.no_grad(): ref.close(G.superres(view.rgb_raw, ref.out("feature_image"), ref.planes.w_last, True), "srconst.image", IMAGE)
+
+def test_gradients(ref):
+    G = ref.G
+    ws = G.expand_ws(ref.w).detach().clone().requires_grad_()
+    hv = ref.out("cam_pose")[:, :2].clone().requires_grad_()
+    loss = (G.render(G.planes(ws), look_at_pose(*hv.unbind(-1)), ref.size, intrinsics=ref.k).rgb - ref.io["in.target"]).square().mean()
+    g_ws, g_hv = torch.autograd.grad(loss, (ws, hv))
+    assert float((loss.detach() - ref.out("grad_loss")).abs()) < 1e-5
+    ref.close(g_ws, "grad_ws", PLANES); ref.close(g_hv, "grad_cam_pose", PLANES * max(1, float(ref.out("grad_cam_pose").abs().max())))
+
+# The rules once more, straight from their statement, on official names: for options of which nothing was recorded
+
+def fc(s, name, x, rate=1., act=False):
+    y = x @ (s[f"{name}.weight"] * rate / math.sqrt(x.shape[-1])).T + s[f"{name}.bias"] * rate
+    return F.leaky_relu(y, .2) * math.sqrt(2) if act else y
+
+def fir(x, pads):
+    "Filter with [1, 3, 3, 1], gain 2 an axis"
+    tap = torch.tensor([1., 3, 3, 1]) / 4
+    return F.conv2d(F.pad(x, pads), torch.outer(tap, tap).expand(x.shape[1], 1, 4, 4), groups=x.shape[1])
+
+def layer(s, name, x, w, up, clamp, noise=True, rgb=False):
+    style = fc(s, f"{name}.affine", w) * (1 / math.sqrt(x.shape[1]) if rgb else 1)
+    weight = s[f"{name}.weight"] * style[:, None, :, None, None]
+    if not rgb: weight = weight * (weight.square().sum((2, 3, 4), keepdim=True) + 1e-8).rsqrt()
+    conv = (lambda a, k: fir(F.conv_transpose2d(a, k.transpose(0, 1), stride=2), (1, 1, 1, 1))) if up else (lambda a, k: F.conv2d(a, k, padding=k.shape[-1] // 2))
+    y = torch.cat([conv(x[i:i + 1], weight[i]) for i in range(len(x))])
+    if not rgb and noise: y = y + s[f"{name}.noise_const"] * s[f"{name}.noise_strength"]
+    y = y + s[f"{name}.bias"][:, None, None]
+    if not rgb: y = F.leaky_relu(y, .2) * math.sqrt(2)
+    return y if clamp is None else y.clamp(-clamp, clamp)
+
+def block(s, name, x, image, ws, up, clamp, noise=True):
+    if f"{name}.const" in s: x = s[f"{name}.const"].expand(len(ws[0]), -1, -1, -1)
+    else: x = layer(s, f"{name}.conv0", x, ws[0], up, clamp, noise)
+    x = layer(s, f"{name}.conv1", x, ws[-2], False, clamp, noise)
+    if image is not None and up: image = fir(F.pad(image.flatten(2)[..., None, None], (0, 1, 0, 1)).unflatten(2, image.shape[2:]).transpose(3, 4).flatten(4, 5).flatten(2, 3), (2, 1, 2, 1))
+    y = layer(s, f"{name}.torgb", x, ws[-1], False, clamp, rgb=True)
+    return x, y if image is None else image + y
+
+def restated(s, o, z, k):
+    "Everything from z to the image: a dict"
+    r, m = o["rendering_kwargs"], o["mapping_kwargs"]
+    w = z * (z.square().mean(-1, keepdim=True) + 1e-8).rsqrt()
+    for i in range(m["num_layers"]): w = fc(s, f"backbone.mapping.fc{i}", w, m["lr_multiplier"], True)
+    a = fc(s, "backbone.mapping.affine_layer2", fc(s, "backbone.mapping.affine_layer1", w, m["lr_multiplier_pose"], True), m["lr_multiplier_pose"])
+    h, v = a[:, 0] + r.get("h_mean", math.pi / 2), a[:, 1] + math.pi / 2
+    if "clamp_h" in r: h = h.clamp(*r["clamp_h"])
+    if "clamp_v" in r: v = v.clamp(*r["clamp_v"]).clamp(1e-5, math.pi - 1e-5)
+    radius = a[:, 2] + r.get("r_mean", 2.7) if m.get("cam_dim", 2) == 3 else torch.full_like(h, r["avg_camera_radius"])
+    phi = torch.arccos(1 - 2 * v / math.pi)
+    o0 = radius[:, None] * torch.stack([phi.sin() * (math.pi - h).cos(), phi.cos(), phi.sin() * (math.pi - h).sin()], -1)
+    fw = F.normalize(torch.tensor(r["avg_camera_pivot"], dtype=torch.float) - o0, dim=-1)
+    right = -F.normalize(torch.linalg.cross(torch.tensor([[0., 1, 0]]).expand_as(fw), fw), dim=-1)
+    turn = torch.stack([right, torch.linalg.cross(fw, right), fw], -1)
+    n = o["neural_rendering_resolution"]
+    at = (torch.arange(n) + .5) / n
+    d = torch.stack([((at - k[0, 2]) / k[0, 0]).expand(n, n), ((at - k[1, 2]) / k[1, 1])[:, None].expand(n, n), torch.ones(n, n)], -1).reshape(1, -1, 3)
+    d = F.normalize(d @ turn.mT, dim=-1)
+    x = image = None
+    for size in (4, 8, 16, 32, 64, 128, 256): x, image = block(s, f"backbone.synthesis.b{size}", x, image, [w] * 3, True, o["conv_clamp"])
+    planes = image.unflatten(1, (3, 32))
+    def field(z):
+        p = (o0[:, None, None] + d[:, :, None] * z[..., None]) * (2 / r["box_warp"])
+        third = p[..., [2, 0]] if r["wrong"] else p[..., [2, 1]]
+        f = sum(F.grid_sample(planes[:, i], q, align_corners=False) for i, q in enumerate((p[..., :2], p[..., [0, 2]], third))) / 3
+        y = fc(s, "decoder.net.2", F.softplus(fc(s, "decoder.net.0", f.permute(0, 2, 3, 1), r["decoder_lr_mul"])), r["decoder_lr_mul"])
+        return y[..., 0], y[..., 1:].sigmoid() * 1.002 - .001
+    def weights(raw, z):
+        alpha = 1 - torch.exp(-F.softplus((raw[..., 1:] + raw[..., :-1]) / 2 - 1) * (z[..., 1:] - z[..., :-1]))
+        return alpha * torch.cumprod(torch.cat([torch.ones_like(alpha[..., :1]), 1 - alpha + 1e-10], -1), -1)[..., :-1]
+    nc, nf = r["depth_resolution"], r["depth_resolution_importance"]
+    z0 = torch.linspace(r["ray_start"], r["ray_end"], nc).expand(len(w), n * n, nc)
+    raw, c = field(z0)
+    p = weights(raw, z0)
+    p = torch.cat([p[..., :1], torch.maximum(p[..., 1:], p[..., :-1]), p[..., -1:]], -1)
+    p = ((p[..., 1:] + p[..., :-1]) / 2 + .01)[..., 1:-1] + 1e-5
+    cdf = F.pad((p / p.sum(-1, keepdim=True)).cumsum(-1), (1, 0)).contiguous()
+    bins, u = ((z0[..., 1:] + z0[..., :-1]) / 2), torch.linspace(0, 1, nf).expand(len(w), n * n, nf).contiguous()
+    i = torch.searchsorted(cdf, u, right=True)
+    lo, hi = (i - 1).clamp(min=0), i.clamp(max=nc - 3)
+    den = cdf.gather(-1, hi) - cdf.gather(-1, lo); den[den < 1e-5] = 1
+    z1 = bins.gather(-1, lo) + (u - cdf.gather(-1, lo)) / den * (bins.gather(-1, hi) - bins.gather(-1, lo))
+    raw1, c1 = field(z1)
+    z, order = torch.cat([z0, z1], -1).sort(-1)
+    raw, c = torch.cat([raw, raw1], -1).gather(-1, order), torch.cat([c, c1], -2).gather(-2, order[..., None].expand(*order.shape, 32))
+    p = weights(raw, z); seen = p.sum(-1)
+    f = 2 * ((p[..., None] * (c[..., 1:, :] + c[..., :-1, :]) / 2).sum(-2) + ((1 - seen)[..., None] if r.get("white_back") else 0)) - 1
+    depth = ((p * (z[..., 1:] + z[..., :-1]) / 2).sum(-1) / seen).nan_to_num(torch.inf).clamp(z.min(), z.max())
+    f = f.mT.unflatten(-1, (n, n)); rgb = f[:, :3].clone(); out = rgb
+    if r["superresolution_module"]:
+        kind = r["superresolution_module"].split("Hybrid")[1]
+        size, ups = dict([("2X", (64, (0, 1))), ("4X", (128, (0, 1))), ("8X", (128, (1, 1))), ("8XDC", (128, (1, 1)))])[kind]
+        if n < size or n > size and kind != "4X": f, out = (F.interpolate(t, (size, size), mode="bilinear", align_corners=False, antialias=r["sr_antialias"]) for t in (f, out))
+        clamp, noise = 256 if o["sr_num_fp16_res"] else None, r["superresolution_noise_mode"] == "const"
+        for j, up in enumerate(ups): f, out = block(s, f"superresolution.block{j}", f, out, [w] * 3, bool(up), clamp, noise)
+    return dict(w=w, pose=torch.stack([h, v], -1), radius=radius, planes=planes, image_raw=rgb, image=out, depth=depth.unflatten(-1, (n, n))[:, None], weight=seen.unflatten(-1, (n, n))[:, None])
+
+def options(sr="2X", size=128, render=16, **changes):
+    "A small official configuration; changes to rendering_kwargs"
+    r = dict(superresolution_module=f"training.superresolution.SuperresolutionHybrid{sr}" if sr else None, clamp_mode="softplus", superresolution_noise_mode="none", decoder_lr_mul=1, sr_antialias=True, wrong=True, image_resolution=size,
+             depth_resolution=9, depth_resolution_importance=7, ray_start=2.25, ray_end=3.3, box_warp=1, avg_camera_radius=2.7, avg_camera_pivot=[0, 0, .2], h_mean=math.pi / 2) | changes
+    return dict(z_dim=12, c_dim=25, w_dim=12, img_resolution=size, img_channels=3, sr_num_fp16_res=4, mapping_kwargs=dict(num_layers=2, linear_pose=False, lr_multiplier=.01, lr_multiplier_pose=.01), rendering_kwargs=r,
+                sr_kwargs=dict(w_dim=12), channel_base=512, channel_max=6, num_fp16_res=0, conv_clamp=None, neural_rendering_resolution=render)
+
+SHAPENET = dict(white_back=True, ray_start=.1, ray_end=2.6, box_warp=1.6, avg_camera_radius=1.7, avg_camera_pivot=[0, 0, 0], h_mean=math.pi, clamp_h=(0, 2 * math.pi), clamp_v=(0, 3.1415926))
+
+def official_state(o, seed=0):
+    "A state dict of official names with random, non-trivial values"
+    torch.manual_seed(seed)
+    G, g = PoseFreeGenerator(official_config(o)), torch.Generator().manual_seed(seed)
+    s = {official_name(k): v.clone() for k, v in G.state_dict().items()}
+    for k, v in s.items():
+        if k.endswith(("bias", "noise_strength", "w_avg")): v.add_(torch.randn(v.shape, generator=g) * (3. if "affine_layer" in k else .3))
+    s["decoder.net.2.weight"][0] = 8 * (s["decoder.net.2.weight"][0] - s["decoder.net.2.weight"][0].mean()); s["decoder.net.2.bias"][0] = 2 / (o["rendering_kwargs"]["ray_end"] - o["rendering_kwargs"]["ray_start"])
+    tap = torch.tensor([1., 3, 3, 1]) / 8
+    blocks = {k.rsplit(".", 2)[0] for k in s if k.endswith("torgb.weight")}
+    return s | {f"{b}{m}.resample_filter": torch.outer(tap, tap) for b in blocks for m in ("", ".conv0", ".conv1") if not m or f"{b}{m}.weight" in s}
+
+CASES = {"four times, three planes": options("4X", 256, 24, wrong=False), "ShapeNet": options("2X", 128, 64, **SHAPENET), "no super-resolution, AFHQ": options(None, 24, 24, avg_camera_pivot=[0, 0, -.06], superresolution_noise_mode="none"),
+         "eight times, noise, shrunk": options("2X", 128, 72, superresolution_noise_mode="const", sr_antialias=False, wrong=False), "eight times": options("8X", 512, 12),
+         "CompCars, radius learnt": options("2X", 128, 16, **SHAPENET | dict(avg_camera_radius=1.9, r_mean=1.9, fov_mean=40, clamp_v=(1.2, 1.9))) | dict(mapping_kwargs=dict(num_layers=3, lr_multiplier=.02, lr_multiplier_pose=.05, cam_dim=3)),
+         "slow decoder, clamps that bite": options("2X", 128, 16, decoder_lr_mul=.5) | dict(conv_clamp=1.5)}
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_rules_restated(name):
+    o = CASES[name]
+    s = official_state(o)
+    G = import_official(s, o)
+    z, k = torch.randn(2, 12, generator=torch.Generator().manual_seed(5)), torch.tensor([[G.config.focal, 0, .5], [0, G.config.focal, .5], [0, 0, 1]])
+    with torch.no_grad():
+        want, w = restated(s, o, z, k), G.mapping(z)
+        pose = G.pose(w)
+        planes = G.planes(w)
+        view = G.render(planes, pose)
+    away = lambda a, b: float((a - b).abs().max())
+    assert away(w, want["w"]) < 1e-5 and away(look_at_angles(G.pose_learner.out(G.pose_learner.hidden(w)), G.config)[:, :2], want["pose"]) < 1e-5 and away(planes.features, want["planes"]) < PLANES
+    if pose.radius is not None: assert away(pose.radius, want["radius"]) < 1e-5 and pose.radius.std() > 0
+    assert away(view.rgb_raw, want["image_raw"]) < IMAGE and away(view.rgb, want["image"]) < IMAGE and away(view.weight, want["weight"]) < IMAGE
+    there = want["weight"] > 1e-3
+    assert away(view.depth[there], want["depth"][there]) < 2 * IMAGE and view.rgb_raw.std() > .01 and view.rgb.shape[-1] == (o["img_resolution"] if G.superres else 24)
+    assert .02 < want["weight"].mean() < .98                                   # neither empty nor a wall: the test sees something
+
+# Snapshots: followed, never run
+
+def stand_ins(monkeypatch):
+    "Modules and classes with the official names, that do nothing: to write a snapshot as the official code would"
+    def persistent(obj): return obj._reconstruct, (dict(type="class", version=6, module_src="raise SystemExit('the source was executed')", class_name=type(obj).__name__, state=obj.__dict__),)
+    def _reconstruct_persistent_obj(meta): raise SystemExit("the official loader was called")
+    def module(name, **what):
+        m = types.ModuleType(name); monkeypatch.setitem(sys.modules, name, m)
+        for k, v in what.items():
+            setattr(m, k, v)
+            if hasattr(v, "__module__"): v.__module__, v.__qualname__ = name, k
+        return m
+    make = lambda name, base=object, **d: type(name, (base,), d)
+    for package in ("torch_utils", "training", "dnnlib"): module(package)
+    module("torch_utils.persistence", _reconstruct_persistent_obj=_reconstruct_persistent_obj)
+    Layer = make("FullyConnectedLayer", _reconstruct=staticmethod(_reconstruct_persistent_obj), __reduce__=persistent)
+    Gen = make("TriPlaneGeneratorPose", _reconstruct=staticmethod(_reconstruct_persistent_obj), __reduce__=persistent)
+    Renderer, EasyDict = make("ImportanceRenderer"), make("EasyDict", dict)
+    module("training.volumetric_rendering.renderer", ImportanceRenderer=Renderer); module("training.volumetric_rendering")
+    module("training.networks_stylegan2", FullyConnectedLayer=Layer); module("training.triplane_autopose", TriPlaneGeneratorPose=Gen)
+    module("dnnlib.util", EasyDict=EasyDict)
+    return types.SimpleNamespace(Layer=Layer, Gen=Gen, Renderer=Renderer, EasyDict=EasyDict)
+
+WRONG = torch.tensor([[[1., 0, 0], [0, 1, 0], [0, 0, 1]], [[1, 0, 0], [0, 0, 1], [0, 1, 0]], [[0, 0, 1], [1, 0, 0], [0, 1, 0]]]) # published frames
+RIGHT = WRONG.clone(); RIGHT[2] = torch.tensor([[0., 0, 1], [0, 1, 0], [1, 0, 0]])
+
+def snapshot(monkeypatch, state, o, axes=WRONG):
+    "A snapshot in the official layout"
+    cls = stand_ins(monkeypatch)
+    def fill(x, **more):
+        x.__dict__.update(training=False, _parameters=collections.OrderedDict(), _buffers=collections.OrderedDict(), _modules=collections.OrderedDict(), _non_persistent_buffers_set=set(), **more); return x
+    def net(kwargs):
+        root = fill(cls.Gen(), _init_args=(), _init_kwargs=cls.EasyDict({k: v for k, v in kwargs.items() if k != "neural_rendering_resolution"}), rendering_kwargs=kwargs["rendering_kwargs"], neural_rendering_resolution=np.int64(kwargs["neural_rendering_resolution"]))
+        for name, v in state.items():
+            node = root
+            for part in name.split(".")[:-1]: node = node._modules.setdefault(part, None) or node._modules.__setitem__(part, fill(cls.Layer())) or node._modules[part]
+            leaf = name.split(".")[-1]
+            if leaf in ("resample_filter", "noise_const", "w_avg"): node._buffers[leaf] = v
+            else: node._parameters[leaf] = torch.nn.Parameter(v)
+        root._modules["renderer"] = fill(cls.Renderer(), plane_axes=axes)
+        root._modules["renderer"]._buffers["passing"] = torch.zeros(3); root._modules["renderer"]._non_persistent_buffers_set.add("passing")
+        root._modules["superresolution"] = root._modules.get("superresolution")
+        return root
+    return dict(G=None, D=None, G_ema=net(o), training_set_kwargs=cls.EasyDict(resolution=o["img_resolution"], note="é".encode("latin1"), p=np.float64(.25)), augment_pipe=None)
+
+SMALL = options("2X", 128, 16)
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_a_snapshot_is_read_to_an_identical_state_dict(monkeypatch, tmp_path, protocol):
+    state, path = official_state(SMALL), tmp_path/"network-snapshot.pkl"
+    path.write_bytes(pickle.dumps(snapshot(monkeypatch, state, SMALL, RIGHT), protocol))
+    for name in [m for m in sys.modules if m.split(".")[0] in ("torch_utils", "training", "dnnlib")]: monkeypatch.delitem(sys.modules, name)
+    data = read_snapshot(path)
+    got = module_state(data["G_ema"])
+    assert set(got) == set(state) and all(torch.equal(got[k], state[k]) for k in state)
+    assert data["training_set_kwargs"] == dict(resolution=128, note="é".encode("latin1"), p=.25)
+    G = import_official(path)
+    want = import_official(state, SMALL | dict(rendering_kwargs=SMALL["rendering_kwargs"] | dict(wrong=False)))
+    assert G.config == want.config and G.config.plane_axes == "xyz" and all(torch.equal(a, b) for a, b in zip(G.state_dict().values(), want.state_dict().values()))
+    assert G.source["sha256"] == sha256(path) and G.source["network"] == "G_ema" and not any(p.requires_grad for p in G.parameters())
+
+def test_the_published_planes_are_recognised():
+    assert plane_axes_name(WRONG) == "eg3d" and plane_axes_name(RIGHT) == "xyz"
+    for bad in (WRONG.roll(1, 0), torch.zeros(3, 3, 3), torch.eye(3), None):
+        with pytest.raises(InputError, match="plane_axes"): plane_axes_name(bad)
+
+class Call:
+    "A pickle that calls f(*args)"
+    def __init__(self, f, *args): self.f, self.args = f, args
+    def __reduce__(self): return self.f, self.args
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    FOUR = torch.zeros(4).storage()
+
+def hostile():
+    touch = "open('was_run', 'w')"
+    yield "os.system", Call(os.system, "touch was_run")
+    yield "eval", Call(eval, touch)
+    yield "exec", Call(exec, touch)
+    yield "getattr", Call(getattr, dict, "fromkeys")
+    yield "torch.load", Call(torch.load, "was_run")
+    yield "subprocess", Call(subprocess.Popen, ["touch", "was_run"])
+    yield "nested", Call(torch.storage._load_from_bytes, pickle.dumps(Call(os.system, "touch was_run")))
+    yield "nested in torch's own format", Call(torch.storage._load_from_bytes, torch_bytes(Call(os.system, "touch was_run")))
+    yield "no storage", Call(torch.storage._load_from_bytes, torch_bytes({"a": torch.zeros(2)}))
+    yield "too long a tensor", Call(torch._utils._rebuild_tensor_v2, FOUR, 0, (5,), (1,), False, collections.OrderedDict())
+    yield "a far offset", Call(torch._utils._rebuild_tensor_v2, FOUR, 3, (2,), (1,), False, collections.OrderedDict())
+    yield "a negative stride", Call(torch._utils._rebuild_tensor_v2, FOUR, 3, (2,), (-1,), False, collections.OrderedDict())
+    yield "an endless tensor", Call(torch._utils._rebuild_tensor_v2, FOUR, 0, (10 ** 12,), (0,), False, collections.OrderedDict())
+    yield "numbers of an overflowing size", Call(torch._utils._rebuild_tensor_v2, FOUR, 0, (2 ** 40, 2 ** 40), (1, 1), False, collections.OrderedDict())
+
+def torch_bytes(x):
+    b = io.BytesIO(); torch.save(x, b, _use_new_zipfile_serialization=False); return b.getvalue()
+
+@pytest.mark.filterwarnings("ignore:TypedStorage")
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("name,bomb", [pytest.param(n, b, id=n) for n, b in hostile()])
+def test_hostile_snapshots_are_refused(name, bomb, protocol, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path/"x.pkl"; path.write_bytes(pickle.dumps(dict(G_ema=bomb), protocol))
+    with pytest.raises(InputError) as e: import_official(path)
+    assert "x.pkl" in str(e.value) and not (tmp_path/"was_run").exists() and "\n" not in str(e.value)
+
+def build(*ops): return b"\x80\x02" + b"".join(ops) + b"."
+GLOBAL, EMPTY, STATE = lambda m, n: f"c{m}\n{n}\n".encode(), b"}", b"b"
+
+@pytest.mark.parametrize("what", ["torch_utils.persistence _reconstruct_persistent_obj", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter", "torch.storage _load_from_bytes", "training.x Y", "numpy dtype", "collections OrderedDict", "_codecs encode", "dnnlib.util EasyDict", "builtins set"])
+def test_nothing_handed_out_keeps_what_a_pickle_sets_on_it(what, tmp_path):
+    "BUILD on the name itself: state {'__call__': ...} must neither stay nor be called"
+    module, name = what.split()
+    path = tmp_path/"x.pkl"
+    for state in (pickle.dumps({"__call__": 1, "f": 2}, 2)[2:-1], pickle.dumps((None, {"__call__": 1, "__setstate__": 2}), 2)[2:-1]):
+        path.write_bytes(build(GLOBAL(module, name), state, STATE))
+        with pytest.raises(InputError): read_snapshot(path)
+    import torch._utils
+    assert not hasattr(torch._utils._rebuild_tensor_v2, "f") and not hasattr(collections.OrderedDict, "f")
+
+def test_damaged_and_foreign_snapshots(tmp_path, monkeypatch):
+    path = tmp_path/"x.pkl"
+    good = pickle.dumps(snapshot(monkeypatch, official_state(SMALL), SMALL))
+    for content in (b"", good[:1000], good[:-1000], b"not a pickle", pickle.dumps([1]), pickle.dumps(dict(G_ema=None)), pickle.dumps({}), b"\x80\x04]" + b"(" * 200 + b"."):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match="x.pkl"): import_official(path)
+    class Pid(pickle.Pickler):
+        def persistent_id(self, obj): return "elsewhere" if obj == "here" else None
+    b = io.BytesIO(); Pid(b, 2).dump(dict(a="here")); path.write_bytes(b.getvalue())
+    with pytest.raises(InputError, match="outside"): read_snapshot(path)
+    with pytest.raises(InputError, match="no such file"): import_official(tmp_path/"none.pkl")
+    with pytest.raises(InputError, match="expected a .pkl, .safetensors or .pt"): (tmp_path/"x.zip").touch(); import_official(tmp_path/"x.zip", SMALL)
+    torch.save(Call(os.system, "true"), tmp_path/"x.pt")
+    with pytest.raises(InputError, match="x.pt"): import_official(tmp_path/"x.pt", SMALL)
+
+# Configurations and names
+
+def test_missing_left_over_and_misshapen_tensors_are_named():
+    s = official_state(SMALL)
+    lost, name = dict(s), "superresolution.block1.conv0.affine.bias"
+    del lost[name]; lost["backbone.more"] = torch.zeros(2); lost["decoder.net.0.bias"] = torch.zeros(63); lost["superresolution.block0.resample_filter"] = torch.ones(4, 4)
+    with pytest.raises(InputError) as e: import_official(lost, SMALL)
+    for text in ("1 missing: " + name, "1 left over: backbone.more", "decoder.net.0.bias (63,) instead of (64,)", "1 other filters: superresolution.block0.resample_filter"): assert text in str(e.value)
+    with pytest.raises(InputError, match="background NeRF"): import_official(s | {"backbone.bg_nerf.fc.weight": torch.zeros(1)}, SMALL)
+    with pytest.raises(InputError, match="configuration beside bare tensors"): import_official(s)
+
+@pytest.mark.parametrize("text,change", [("background NeRF", dict(bg_kwargs=dict(num_bg_pts=4))), ("superresolution_module", dict(rendering_kwargs=dict(superresolution_module="a.Other"))), ("linear_pose", dict(mapping_kwargs=dict(linear_pose=True))),
+                                         ("uniform_sampling", dict(mapping_kwargs=dict(uniform_sampling=True))), ("clamp_mode", dict(rendering_kwargs=dict(clamp_mode="relu"))), ("disparity", dict(rendering_kwargs=dict(disparity_space_sampling=True))),
+                                         ("ray_start", dict(rendering_kwargs=dict(ray_start="auto"))), ("img_resolution", dict(img_resolution=256)), ("sr_kwargs", dict(sr_kwargs=dict(w_dim=3))), ("backbone_noise_mode", dict(backbone_noise_mode="none"))])
+def test_what_cannot_be_honoured_is_refused_by_name(text, change):
+    o = copy.deepcopy(SMALL)
+    for k, v in change.items(): o[k] = o[k] | v if isinstance(v, dict) and isinstance(o.get(k), dict) else v
+    with pytest.raises(InputError, match=text): official_config(o)
+
+def test_configurations_of_every_kind(tmp_path):
+    s, c = official_state(SMALL), official_config(SMALL)
+    (tmp_path/"official.json").write_text(json.dumps(dict(constructor={k: v for k, v in SMALL.items() if k != "neural_rendering_resolution"}, neural_rendering_resolution=16, doc={})))
+    (tmp_path/"ours.json").write_text(json.dumps(config_to_dict(c)))
+    save_file(s, tmp_path/"s.safetensors"); torch.save(s, tmp_path/"s.pt")
+    for path in (s, tmp_path/"s.safetensors", tmp_path/"s.pt"):
+        for config in (SMALL, tmp_path/"official.json", tmp_path/"ours.json", c, config_to_dict(c)):
+            assert import_official(path, config).config == c
+    with pytest.raises(InputError, match="JSON"): import_official(s, tmp_path/"s.pt")
+    missing = copy.deepcopy(SMALL); del missing["rendering_kwargs"]["wrong"], missing["z_dim"]
+    with pytest.raises(InputError, match="missing.*z_dim.*wrong"): official_config(missing)
+    with pytest.warns(UserWarning, match="no_such_option"): G = import_official(s, SMALL | dict(no_such_option=1))
+    assert "no_such_option" in G.source["notes"][0]
+    shapenet, cars = official_config(CASES["ShapeNet"]), official_config(CASES["CompCars, radius learnt"])
+    assert shapenet.focal == 1.025390625 and shapenet.domain == "objects" and c.domain == "faces" and c.focal == pytest.approx(4.2634, abs=2e-5)
+    assert cars.pose_extra == "radius" and cars.radius == 1.9 and cars.focal == pytest.approx(1 / (math.tan(math.radians(20)) * 1.414), rel=1e-4)
+
+def test_a_learnt_field_of_view_is_read_and_moves_no_camera():
+    o = copy.deepcopy(CASES["CompCars, radius learnt"]); o["mapping_kwargs"]["learn_fov"] = True
+    G = import_official(official_state(o), o)
+    w = G.mapping(G.draw(3))
+    a = look_at_angles(G.pose_learner.out(G.pose_learner.hidden(w)), G.config)
+    assert a.shape == (3, 3) and a[:, 2].std() > 0 and abs(float(a[:, 2].mean()) - 40) < 20 and G.pose(w).radius is None
+
+def test_saved_exactly_and_loaded_again(tmp_path):
+    o = CASES["ShapeNet"]
+    save_file(official_state(o), tmp_path/"state.safetensors")
+    G = import_official(tmp_path/"state.safetensors", o)
+    path = save_checkpoint(tmp_path/"cars", G)
+    again = load_generator(path, "cpu")
+    assert read_card(path)["source"]["sha256"] == sha256(tmp_path/"state.safetensors") == again.source["sha256"] and again.config == G.config
+    assert all(torch.equal(a, b) for a, b in zip(G.state_dict().values(), again.state_dict().values()))
+    w = G.mapping(G.draw(1))
+    with torch.no_grad(): a, b = (g.view(w, g.pose(w), size=8) for g in (G, again))
+    assert torch.equal(a.rgb, b.rgb) and torch.equal(a.depth, b.depth)
+    small = save_checkpoint(tmp_path/"half", G, half=True)
+    assert small.stat().st_size < .6 * path.stat().st_size
+
+def test_import_from_a_shell(tmp_path):
+    save_file(official_state(SMALL), tmp_path/"s.safetensors"); (tmp_path/"c.json").write_text(json.dumps(dict(constructor=SMALL, neural_rendering_resolution=16)))
+    run = lambda *a: CliRunner().invoke(cli.app, ["import-official", *map(str, a)])
+    r = run(tmp_path/"s.safetensors", tmp_path/"g.safetensors", "--config", tmp_path/"c.json")
+    assert r.exit_code == 0 and "g.safetensors" in r.stdout and load_generator(tmp_path/"g.safetensors", "cpu").resolution == 128
+    for args in ((tmp_path/"s.safetensors", tmp_path/"g.safetensors", "--config", tmp_path/"c.json"), (tmp_path/"s.safetensors", tmp_path/"h.safetensors"), (tmp_path/"no.pkl", tmp_path/"h.safetensors"), (tmp_path/"s.safetensors", tmp_path/"h.txt", "--config", tmp_path/"c.json")):
+        r = run(*args)
+        assert r.exit_code == 2 and r.stderr.startswith("error: ") and "expected" in r.stderr and r.stderr.count("\n") == 1, r.stderr
+    assert run(tmp_path/"s.safetensors", tmp_path/"g.safetensors", "--config", tmp_path/"c.json", "--overwrite").exit_code == 0
+
+# Each published habit and its effect; ours have none of them
+
+def test_our_own_generators_have_none_of_the_habits():
+    c = GeneratorConfig()
+    assert (c.march, c.pose_rule, c.pose_extra, c.decoder_rate, c.backbone_clamp, c.superres_noise, c.background) == ("plain", "tanh", "none", 1., None, False, "linear")
+    card = read_card("portraits")["generator"]
+    assert load_generator("portraits", "cpu").config == config_from_dict(GeneratorConfig, card) and "march" not in card   # a card from before these options
+
+def walls(n=9):
+    g = torch.Generator().manual_seed(2)
+    return torch.randn(2, 6, n, generator=g) * 4, torch.rand(2, 6, n, 4, generator=g), (torch.rand(2, 6, n, generator=g) * .4 + torch.arange(n) * .5 + torch.tensor([2., 5.])[:, None, None])
+
+def test_shifted_bins_are_half_a_step_off_and_pooling_widens():
+    t, w = torch.linspace(0, 1, 21).expand(1, 1, 21), torch.zeros(1, 1, 20)
+    w[..., 12] = 1.
+    u = torch.linspace(.1, .9, 50).expand(1, 1, 50)
+    right, off = (fine_depths_eg3d(t, w, u, False, s) for s in (False, True))
+    assert torch.allclose(off, right - .025, atol=1e-4) and (right > .6).all() and (right < .65).all()
+    p = pooled_weights(w)[0, 0]
+    assert torch.allclose(p[11:15], torch.tensor([.51, 1.01, .51, .01])) and torch.allclose(p[:11], torch.full((11,), .01))
+    assert fine_depths_eg3d(t, w, u, True, True).std() > 2 * off.std()
+
+def test_white_back_fills_every_channel():
+    raw, c, t = walls()
+    a, b = march_eg3d(raw, c, t), march_eg3d(raw, c, t, white=True)
+    assert torch.allclose(b.values - a.values, (1 - a.weight)[..., None].expand_as(a.values), atol=1e-6) and (a.weight < .9).any()
+
+def test_an_empty_ray_takes_its_depth_from_its_neighbours_in_the_batch():
+    raw, c, t = walls()
+    raw[0, 0] = -400.
+    alone, together = march_eg3d(raw[:1], c[:1], t[:1]), march_eg3d(raw, c, t)
+    assert alone.depth[0, 0] == t[:1].max() < together.depth[0, 0] == t.max()
+    assert march(raw, c, t, softplus_density()).depth[0, 0] == t[0, 0, -1]     # ours: the end of its own ray
+    together = march_eg3d(raw.requires_grad_(), c, t)
+    together.depth.sum().backward(); assert raw.grad.isfinite().all()
+
+def test_wrong_planes_never_look_along_y_and_z():
+    G = [import_official(official_state(SMALL), SMALL | dict(rendering_kwargs=SMALL["rendering_kwargs"] | dict(wrong=w))) for w in (True, False)]
+    w = G[0].mapping(G[0].draw(1))
+    xyz = torch.tensor([[[.1, .2, .3], [.1, -.2, .3]]])
+    for g in G: # the third plane alone
+        p = g.planes(w); p.features[:, :2] = 0
+        same = torch.equal(*g.field(p, xyz)[1][0].split(1)); assert same == (g.config.plane_axes == "eg3d")
+
+def test_truncation_never_moves_a_published_camera():
+    G = import_official(official_state(SMALL), SMALL)
+    whole = G.mapping(G.draw(2, 4))
+    w, view = G.sample(2, 4, psi=.3, size=6)
+    with torch.no_grad(): want = G.view(w, G.pose(whole), size=6)
+    assert torch.equal(view.rgb, want.rgb) and not torch.allclose(G.pose(w).yaw, G.pose(whole).yaw, atol=1e-3)
+
+def test_kept_noise_is_part_of_the_picture():
+    G = import_official(official_state(SMALL), SMALL)
+    ws = G.expand_ws(G.mapping(G.draw(1)))
+    assert (G.synthesis(ws) - G.synthesis(ws, noise=False)).abs().max() > .1
+    loud = import_official(official_state(SMALL), SMALL | dict(rendering_kwargs=SMALL["rendering_kwargs"] | dict(superresolution_noise_mode="const")))
+    pose = G.pose(ws[:, 0])
+    with torch.no_grad(): a, b = G.view(ws, pose), loud.view(ws, pose)
+    assert torch.equal(a.rgb_raw, b.rgb_raw) and (a.rgb - b.rgb).abs().max() > .05
+
+def test_clamps_cut_where_they_say():
+    conv = lambda gain: ModConv(4, 4, 4, clamp=256., clamp_gain=gain).requires_grad_(False)
+    x, w = torch.full((1, 4, 6, 6), 1.), torch.ones(1, 4)
+    for gain, top in ((1., 256.), (math.sqrt(2), 256 * math.sqrt(2))):
+        c = conv(gain); c.bias.fill_(1e4)
+        assert c(x, w).max() == pytest.approx(top)
+    off = official_config(SMALL | dict(sr_num_fp16_res=0))
+    assert off.superres_clamp is None and official_config(SMALL).superres_clamp == 256 and official_config(SMALL).clamp_gain == 1 and official_config(SMALL | dict(conv_clamp=256)).backbone_clamp == 256
+
+def test_antialiasing_matters_where_features_shrink():
+    x = torch.rand(1, 6, 96, 96, generator=torch.Generator().manual_seed(0))
+    sharp, soft = (SuperResolution("2x", 6, 4, antialias=a) for a in (False, True))
+    soft.load_state_dict(sharp.state_dict())
+    with torch.no_grad(): assert (sharp(x[:, :3], x, torch.ones(1, 4)) - soft(x[:, :3], x, torch.ones(1, 4))).abs().max() > .01
