@@ -323,7 +323,7 @@ class Generator(nn.Module):
     def compile_march(self):
         "Use the compiled march for float32 on the CPU from now on: the same pictures to rounding, several times as fast; an `InputError` where that cannot be"
         c = self.config
-        if c.decoder_act != "lrelu" or c.fine_samples or (c.plane_channels, c.decoder_hidden, c.features) not in ((16, 32, 3), (32, 64, 3)):
+        if c.march != "plain" or c.decoder_act != "lrelu" or c.fine_samples or (c.plane_channels, c.decoder_hidden, c.features) not in ((16, 32, 3), (32, 64, 3)):
             raise InputError(f"compiled march: expected a lrelu decoder of 16 / 32 / 3 or 32 / 64 / 3 and no fine samples, got {c.decoder_act} {c.plane_channels} / {c.decoder_hidden} / {c.features}, {c.fine_samples} fine samples")
         march_library()
         self.compiled = True
