@@ -361,7 +361,7 @@ def train(
     "Train a pose-free generator on unposed images."
     from posefree_kit.core import InputError, config_to_dict, resolve_device
     from posefree_kit.checkpoints import save_checkpoint
-    from posefree_kit.training import TrainConfig, calibrated, fit, load_state, watch_poses
+    from posefree_kit.training import TrainConfig, fit, load_state, watch_poses
     budget = [f"--{k} {v:g}" for k, v in dict(minutes=minutes, kimg=kimg).items() if v is not None and not v > 0]
     if budget or (minutes is None and kimg is None): raise InputError(f"expected a budget above 0, --minutes or --kimg (or both), got {budget[0] if budget else 'none'}")
     there = (Path(out)/"state.pt").exists()
@@ -375,7 +375,7 @@ def train(
     easy = training_images(None, plain, size, where, progress, plain=True) if plain else None
     s = fit(pictures, writable(out), **(dict(generator=g, discriminator=d) if g else {}), config=start.config if start else config, minutes=minutes, kimg=kimg, resume=resume, start=start, device=where, easy=easy, compiled=compiled, watch=watch_poses(size) if watch else None, progress=progress)
     card = dict(made_with="posefree train", kimg=round(s.kimg, 3), data=str(images.name) if images else f"{n} simulated portraits, seeds 0 to {n - 1}", images=len(pictures), plain_images=plain, seed=s.config.seed, device=str(where), training=config_to_dict(s.config))
-    path = save_checkpoint(Path(out)/"generator.safetensors", s.ema, calibrated(s.D, s.ema, pictures), card)
+    path = save_checkpoint(Path(out)/"generator.safetensors", s.ema, s.D, card)
     say(f"{s.kimg:.1f} kimg; {path}")
     return s
 

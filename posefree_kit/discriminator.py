@@ -24,7 +24,6 @@ class DiscriminatorConfig:
     feature_dim:int = 64 # width of features and pose embedding
     pose_conditioned:bool = True # score the pair (image, pose); False: the unconditioned one of the ablation (it keeps the pose head, for measuring only)
     pose_unit_deg:tuple = (20., 8.6) # the pose head's unit: yaw, pitch in degrees
-    pose_gain:tuple = (1., 1.) # `read_pose` multiplies yaw and pitch by it: set after training, by `calibrated`
 
     @property
     def resolution(self) -> int: return 2 * 2 ** len(self.channels)
@@ -32,7 +31,7 @@ class DiscriminatorConfig:
 class Judgement(NamedTuple):
     "What the discriminator says of a batch"
     score:Tensor # (B,) logits, larger is more real
-    pose:Pose # (B,) what the pose head reads off the image
+    pose:Pose # (B,) what the pose head reads off the image, as it is
 
 # %% ../nbs/07_discriminator.ipynb #afee7f1b
 class Discriminator(nn.Module):
@@ -47,6 +46,7 @@ class Discriminator(nn.Module):
         self.pose_head = nn.Sequential(Linear(flat, d, lrelu), Linear(d, 2))
         self.last, self.features, self.real = Conv(ch[-1] + 1, ch[-1]), Linear(flat, d, lrelu), Linear(d, 1)
         self.embed_pose = nn.Sequential(Linear(2, d, lrelu), Linear(d, d, lrelu), Linear(d, d)) if c.pose_conditioned else None
+        self.register_buffer("pose_gain", torch.ones(2)) # yaw, pitch: the head is cautious on real images, whose like it has not learned from; this restores the spread (training sets it)
         self.condition = 1. # how much the pose counts; training starts with less
         self.old_rgb, self.fade = None, 1. # while growing: the smaller network's first layer, and how far the new one is in
 
@@ -63,7 +63,7 @@ class Discriminator(nn.Module):
 
     def forward(self,
         image:Tensor, # (B, 3, R, R) in [-1, 1]
-        pose:Pose|None=None, # the pose to judge with; None: what the head reads off the image itself (real images)
+        pose:Pose|None=None, # the pose to judge with; None: what the head reads off the image itself, times `pose_gain` (real images)
     ) -> Judgement:
         "Score pairs and read poses; the pose is never a way for gradients out of the score"
         check_shape(image, "B 3 R R", "image", R=self.config.resolution)
@@ -74,14 +74,13 @@ class Discriminator(nn.Module):
             features = self.features(self.last(group_std(x, self.config.group)).flatten(1))
             score = self.real(features)[:, 0]
             if self.embed_pose is not None:
-                e = self.embed_pose((head if pose is None else pose.stack() / self.unit).detach())
+                e = self.embed_pose((head * self.pose_gain if pose is None else pose.stack() / self.unit).detach())
                 score = score + self.condition * (features * F.normalize(e, dim=-1)).sum(-1) / self.config.feature_dim ** .5
         return Judgement(score, Pose.of(head * self.unit))
 
     def read_pose(self, image:Tensor) -> Pose: # (B, 3, R, R)
         "The pose head alone: the start search's free pose guess"
-        x = self.pose_head(self.trunk(image).float().flatten(1))
-        return Pose.of(x * self.unit * x.new_tensor(self.config.pose_gain))
+        return Pose.of(self.pose_head(self.trunk(image).float().flatten(1)) * self.unit * self.pose_gain)
 
 # %% ../nbs/07_discriminator.ipynb #3920e6b9
 def grow_discriminator(small:Discriminator, channels:int) -> Discriminator: # channels of the new first layer

@@ -6,7 +6,7 @@
 __all__ = ['PLAIN', 'UnposedImages', 'd_loss', 'g_loss', 'r1_penalty', 'pose_loss', 'relit', 'blur', 'TrainConfig', 'has_bf16',
            'TrainState', 'new_state', 'make_state', 'Fakes', 'd_step', 'g_step', 'density_loss', 'ema_step',
            'train_step', 'save_state', 'load_state', 'sample_grid', 'fit', 'grow', 'correlation', 'pose_figures',
-           'calibrated', 'watch_poses']
+           'watch_poses']
 
 # %% ../nbs/08_training.ipynb #d67a11d1
 import copy, dataclasses, json, math, time
@@ -116,6 +116,7 @@ class TrainConfig:
     easy_kimg:tuple = (35., 65.) # where easy pictures are given: thousands of images until which all are easy, and from which none is
     hold_kimg:float = 1000. # thousands of images for which the pose learner keeps its starting spread: left free early, it shrinks, since unfinished heads look better from the front
     pose_weight:float = 2. # weight of the pose head's error on generated images
+    calibrate:float = .02 # share of each step in the running ratio of spreads, generated poses over readings of real images, by which real readings are scaled; 0: not scaled
     relight:float = 1. # the pose head learns from generated images under a random lamp of this strength (0: as they are), so that it does not take the light for the pose
     flip_share:float = 0.5 # share of a fake batch rendered with yaw or pitch negated, same planes
     mean_pose_weight:float = 0.2 # pulls the mean generated pose to 0, in squared units of the starting spread; says nothing about the spread
@@ -192,7 +193,7 @@ def d_step(s:TrainState, fakes:Fakes, real:Tensor, sigma:float, generator:torch.
     with torch.autocast(s.device.type, torch.bfloat16, enabled=s.bf16):
         seen = blur(fakes.view.rgb.detach(), sigma)
         fake = D(seen, fakes.pose.detach())
-        read = D.read_pose(blur(relit(fakes.view, c.relight, s.G.config.focal, generator), sigma)) if c.relight else fake.pose
+        read = D(blur(relit(fakes.view, c.relight, s.G.config.focal, generator), sigma)).pose if c.relight else fake.pose
         judged = D(blur(real, sigma))
     parts = dict(d=d_loss(judged.score, fake.score, c.loss), pose=pose_loss(read, fakes.pose.detach(), D.unit))
     total = parts["d"] + c.pose_weight * parts["pose"]
@@ -200,6 +201,7 @@ def d_step(s:TrainState, fakes:Fakes, real:Tensor, sigma:float, generator:torch.
         parts["r1"] = r1_penalty(D, blur(real, sigma))
         total = total + c.r1_gamma / 2 * c.r1_every * parts["r1"]
     s.opt_d.zero_grad(set_to_none=True); total.backward(); s.opt_d.step()
+    if c.calibrate: D.pose_gain.lerp_((fakes.own.stack().detach().std(0) / judged.pose.stack().detach().std(0).clamp(min=1e-3)).clamp(.5, 3.), c.calibrate)
     return {k: float(v.detach()) for k, v in parts.items()}
 
 def g_step(s:TrainState, fakes:Fakes, real:Tensor, sigma:float, generator:torch.Generator) -> dict:
@@ -357,15 +359,6 @@ def pose_figures(G:PoseFreeGenerator, D:Discriminator, image:Tensor, pose:Pose, 
     slope = lambda y, x: float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum())
     return {k: round(v, 3) for k, v in dict(yaw_r=correlation(read[:, 0], true[:, 0]), pitch_r=correlation(read[:, 1], true[:, 1]), yaw_slope=slope(read[:, 0], true[:, 0]),
             generated_yaw_sd=float(own[:, 0].std()), generated_yaw_mean=float(own[:, 0].mean()), generated_pitch_sd=float(own[:, 1].std()), true_yaw_sd=float(true[:, 0].std()), true_pitch_sd=float(true[:, 1].std())).items()}
-
-@torch.no_grad()
-def calibrated(D:Discriminator, G:PoseFreeGenerator, images:UnposedImages, n:int=2048) -> Discriminator: # a copy
-    "A reader of real images is cautious: it has only seen generated ones, and reads poses too close to the mean. Scale its readings of n training images to the spread of generated poses; no label is needed"
-    x = images.images[torch.linspace(0, len(images) - 1, min(n, len(images))).long()]
-    read = torch.cat([D.read_pose(c.to(D.real.weight.device).float() / 127.5 - 1).stack() for c in x.split(256)]) / D.real.weight.new_tensor(D.config.pose_gain)
-    gain = G.pose(G.mapping(G.draw(2048, 1))).stack().std(0) / read.std(0)
-    out = copy.deepcopy(D); out.config = dataclasses.replace(D.config, pose_gain=tuple(round(float(v), 4) for v in gain))
-    return out
 
 def watch_poses(size:int, n:int=512, seed:int=20_000): # -> watch(state) for `fit`
     "Looking on with the truth: `pose_figures` on n held-out portraits, for the log only"

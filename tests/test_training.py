@@ -81,7 +81,7 @@ def test_folder_of_pictures(tmp_path):
 def test_easy_pictures_come_first(images, tmp_path):
     "Only easy pictures until the first mark, only the others from the second; a run with both resumes exactly"
     easy, seen = UnposedImages(torch.zeros(4, 3, 8, 8, dtype=torch.uint8)), []
-    s = new_state(G8, D8, TrainConfig(batch=4, bf16=False, easy_kimg=(.008, .016)))
+    s = new_state(G8, D8, TrainConfig(batch=4, bf16=False, relight=0., easy_kimg=(.008, .016)))
     s.D.register_forward_pre_hook(lambda m, x: seen.append(float((x[0] <= -.999).float().mean())) if len(x) == 1 and not x[0].requires_grad else None)
     for _ in range(6): train_step(s, images, easy)
     assert seen[0] > .99 and seen[1] > .99 and seen[-1] < .5
@@ -99,3 +99,14 @@ def test_relighting_follows_the_depth():
     side = (x[..., 8:] * ball.weight[..., 8:]).sum((1, 2, 3)) - (x[..., :8] * ball.weight[..., :8]).sum((1, 2, 3))
     assert side.abs().min() > .5 and side.min() < 0 < side.max() and torch.equal(x[ball.weight.expand(-1, 3, -1, -1) == 0], torch.zeros(int(3 * (ball.weight == 0).sum())))
     assert torch.equal(relit(ball, 0., 4.2634, g()), grey)
+
+
+def test_real_readings_are_scaled_to_the_generated_spread(images):
+    s = new_state(G8, D8, TrainConfig(batch=8, bf16=False, calibrate=.5))
+    for _ in range(12): train_step(s, images)
+    assert (s.D.pose_gain > 1).all()                     # an untrained head reads next to nothing
+    x = images.images.float() / 127.5 - 1
+    assert torch.allclose(s.D.read_pose(x).stack(), s.D(x).pose.stack() * s.D.pose_gain)
+    still = new_state(G8, D8, TrainConfig(batch=4, bf16=False, calibrate=0.))
+    train_step(still, images)
+    assert torch.equal(still.D.pose_gain, torch.ones(2))
