@@ -46,7 +46,7 @@ class Discriminator(nn.Module):
         self.pose_head = nn.Sequential(Linear(flat, d, lrelu), Linear(d, 2))
         self.last, self.features, self.real = Conv(ch[-1] + 1, ch[-1]), Linear(flat, d, lrelu), Linear(d, 1)
         self.embed_pose = nn.Sequential(Linear(2, d, lrelu), Linear(d, d, lrelu), Linear(d, d)) if c.pose_conditioned else None
-        self.register_buffer("pose_gain", torch.ones(2)) # yaw, pitch: the head is cautious on real images, whose like it has not learned from; this restores the spread (training sets it)
+        self.register_buffer("pose_mean", torch.zeros(2)); self.register_buffer("pose_gain", torch.ones(2)) # of readings of real images (see `calibrated`); training sets them
         self.condition = 1. # how much the pose counts; training starts with less
         self.old_rgb, self.fade = None, 1. # while growing: the smaller network's first layer, and how far the new one is in
 
@@ -63,7 +63,7 @@ class Discriminator(nn.Module):
 
     def forward(self,
         image:Tensor, # (B, 3, R, R) in [-1, 1]
-        pose:Pose|None=None, # the pose to judge with; None: what the head reads off the image itself, times `pose_gain` (real images)
+        pose:Pose|None=None, # the pose to judge with; None: what the head reads off the image itself, `calibrated` (real images)
     ) -> Judgement:
         "Score pairs and read poses; the pose is never a way for gradients out of the score"
         check_shape(image, "B 3 R R", "image", R=self.config.resolution)
@@ -74,13 +74,17 @@ class Discriminator(nn.Module):
             features = self.features(self.last(group_std(x, self.config.group)).flatten(1))
             score = self.real(features)[:, 0]
             if self.embed_pose is not None:
-                e = self.embed_pose((head * self.pose_gain if pose is None else pose.stack() / self.unit).detach())
+                e = self.embed_pose((self.calibrated(head) if pose is None else pose.stack() / self.unit).detach())
                 score = score + self.condition * (features * F.normalize(e, dim=-1)).sum(-1) / self.config.feature_dim ** .5
         return Judgement(score, Pose.of(head * self.unit))
 
     def read_pose(self, image:Tensor) -> Pose: # (B, 3, R, R)
         "The pose head alone: the start search's free pose guess"
-        return Pose.of(self.pose_head(self.trunk(image).float().flatten(1)) * self.unit * self.pose_gain)
+        return Pose.of(self.calibrated(self.pose_head(self.trunk(image).float().flatten(1))) * self.unit)
+
+    def calibrated(self, read:Tensor) -> Tensor: # (B, 2) in units
+        "The head has learned from generated images only: on real ones it is cautious and may be off to one side. Readings of real images get the mean and the spread of generated poses"
+        return (read - self.pose_mean) * self.pose_gain
 
 # %% ../nbs/07_discriminator.ipynb #3920e6b9
 def grow_discriminator(small:Discriminator, channels:int) -> Discriminator: # channels of the new first layer

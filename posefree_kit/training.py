@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PLAIN', 'UnposedImages', 'd_loss', 'g_loss', 'r1_penalty', 'pose_loss', 'relit', 'blur', 'TrainConfig', 'has_bf16',
-           'TrainState', 'new_state', 'make_state', 'Fakes', 'd_step', 'g_step', 'density_loss', 'ema_step',
-           'train_step', 'save_state', 'load_state', 'sample_grid', 'fit', 'grow', 'correlation', 'pose_figures',
-           'watch_poses']
+           'TrainState', 'new_state', 'make_state', 'Fakes', 'calibrate', 'd_step', 'g_step', 'density_loss',
+           'ema_step', 'train_step', 'save_state', 'load_state', 'sample_grid', 'fit', 'grow', 'correlation',
+           'pose_figures', 'watch_poses']
 
 # %% ../nbs/08_training.ipynb #d67a11d1
 import copy, dataclasses, json, math, time
@@ -116,7 +116,7 @@ class TrainConfig:
     easy_kimg:tuple = (35., 65.) # where easy pictures are given: thousands of images until which all are easy, and from which none is
     hold_kimg:float = 1000. # thousands of images for which the pose learner keeps its starting spread: left free early, it shrinks, since unfinished heads look better from the front
     pose_weight:float = 2. # weight of the pose head's error on generated images
-    calibrate:float = .02 # share of each step in the running ratio of spreads, generated poses over readings of real images, by which real readings are scaled; 0: not scaled
+    calibrate:float = .02 # share of each step in the running mean and spread of readings of real images, which are moved and scaled to those of generated poses; 0: left as they are
     relight:float = 1. # the pose head learns from generated images under a random lamp of this strength (0: as they are), so that it does not take the light for the pose
     flip_share:float = 0.5 # share of a fake batch rendered with yaw or pitch negated, same planes
     mean_pose_weight:float = 0.2 # pulls the mean generated pose to 0, in squared units of the starting spread; says nothing about the spread
@@ -187,6 +187,12 @@ class Fakes:
         with torch.autocast(s.device.type, torch.bfloat16, enabled=s.bf16): self.planes = s.G.planes(self.w)
         self.view = s.G.render(self.planes, self.pose, jitter=1., generator=rng(jitter_seed, s.device))
 
+def calibrate(D:Discriminator, own:Tensor, read:Tensor, share:float): # (B, 2) each, in units
+    "Move the discriminator's calibration towards this batch's"
+    gain = (own.std(0) / read.std(0).clamp(min=1e-3)).clamp(.5, 3.)
+    D.pose_gain.lerp_(gain, share)
+    D.pose_mean.lerp_(read.mean(0) - own.mean(0) / gain, share)
+
 def d_step(s:TrainState, fakes:Fakes, real:Tensor, sigma:float, generator:torch.Generator) -> dict:
     "One step of the discriminator: real from fake, and the pose of fakes"
     c, D = s.config, s.D
@@ -201,7 +207,7 @@ def d_step(s:TrainState, fakes:Fakes, real:Tensor, sigma:float, generator:torch.
         parts["r1"] = r1_penalty(D, blur(real, sigma))
         total = total + c.r1_gamma / 2 * c.r1_every * parts["r1"]
     s.opt_d.zero_grad(set_to_none=True); total.backward(); s.opt_d.step()
-    if c.calibrate: D.pose_gain.lerp_((fakes.own.stack().detach().std(0) / judged.pose.stack().detach().std(0).clamp(min=1e-3)).clamp(.5, 3.), c.calibrate)
+    if c.calibrate: calibrate(D, fakes.own.stack().detach() / D.unit, judged.pose.stack().detach() / D.unit, c.calibrate)
     return {k: float(v.detach()) for k, v in parts.items()}
 
 def g_step(s:TrainState, fakes:Fakes, real:Tensor, sigma:float, generator:torch.Generator) -> dict:
