@@ -249,7 +249,7 @@ def official_state(o, seed=0):
     s = {official_name(k): v.clone() for k, v in G.state_dict().items()}
     for k, v in s.items():
         if k.endswith(("bias", "noise_strength", "w_avg")): v.add_(torch.randn(v.shape, generator=g) * (3. if "affine_layer" in k else .3))
-    s["decoder.net.2.weight"][0] = 8 * (s["decoder.net.2.weight"][0] - s["decoder.net.2.weight"][0].mean()); s["decoder.net.2.bias"][0] = 2 / (o["rendering_kwargs"]["ray_end"] - o["rendering_kwargs"]["ray_start"])
+    s["decoder.net.2.weight"][0] = 3 * (s["decoder.net.2.weight"][0] - s["decoder.net.2.weight"][0].mean()); s["decoder.net.2.bias"][0] = 2 / (o["rendering_kwargs"]["ray_end"] - o["rendering_kwargs"]["ray_start"])
     tap = torch.tensor([1., 3, 3, 1]) / 8
     blocks = {k.rsplit(".", 2)[0] for k in s if k.endswith("torgb.weight")}
     return s | {f"{b}{m}.resample_filter": torch.outer(tap, tap) for b in blocks for m in ("", ".conv0", ".conv1") if not m or f"{b}{m}.weight" in s}
