@@ -158,12 +158,19 @@ def objective(
     return losses.total(parts, lam), parts, lam, pose, view
 
 # %% ../nbs/12_optimiser.ipynb #c19f219b
+def _candidates_unread(G, target, w, k): # without a pose head: every code is judged from its own pose
+    small, size, looks = F.adaptive_avg_pool2d(target, 16), min(16, G.render_resolution), torch.cat([G.w_avg[None], w])
+    seen = torch.cat([F.adaptive_avg_pool2d(G.view(x, G.pose(x), size=size).rgb, 16) for x in looks.split(16)])
+    order = torch.stack([(seen - s).abs().mean((1, 2, 3)).argsort() for s in small])
+    return torch.cat([looks[order[:, :max(k - 1, 1)]], looks[:1].expand(len(target), 1, -1)], 1)[:, :k]
+
 @torch.no_grad()
 def candidates(G:PoseFreeGenerator, target:Tensor, config:InvertConfig) -> Tensor: # target (B, 3, R, R) -> w (B, starts, w_dim)
-    "Start codes: near the read pose, most similar at 16 x 16 pixels; one of them the mean face, one seen from the mirrored pose"
+    "Start codes: near the read pose, most similar at 16 x 16 pixels; one of them the mean face, one seen from the mirrored pose. Without a pose head (imported generators), most similar from wherever they are seen"
     b, k, n, g = len(target), config.starts, config.candidates, rng(config.seed)
-    guess = G.read_pose(target)
     w = G.mapping(torch.randn(n, G.config.z_dim, generator=g).to(target.device))
+    if G.reader is None: return _candidates_unread(G, target, w, k)
+    guess = G.read_pose(target)
     poses = G.pose(w).stack() / G.pose(w).stack().std(0)
     want = torch.stack([guess.stack(), mirror(guess).stack()], 1) / G.pose(w).stack().std(0)     # (B, 2, 2): as read, and mirrored
     nearest = torch.cdist(want.flatten(0, 1), poses).view(b, 2, n)

@@ -8,7 +8,7 @@ from posefree_kit.checkpoints import load_generator, read_card, save_checkpoint,
 from posefree_kit.core import InputError, config_from_dict, config_to_dict, sha256
 from posefree_kit.discriminator import Discriminator, DiscriminatorConfig
 from posefree_kit.generator import GeneratorConfig
-from posefree_kit.optimiser import DivergedError, InvertConfig, Stage, constant, invert, paper, quick, ramp, with_steps
+from posefree_kit.optimiser import DivergedError, InvertConfig, Stage, candidates, constant, invert, paper, quick, ramp, with_steps
 from posefree_kit.pose import PoseFreeGenerator
 
 
@@ -150,3 +150,16 @@ def test_the_whole_w_form_inverts_too():
     G.set_reader(Discriminator(DiscriminatorConfig(channels=(8, 8))).eval())
     inv = run(G.requires_grad_(False), G.sample(2, seed=1)[1].rgb, dataclasses.replace(TINY, starts=4))
     assert inv.w.shape == (2, 72) and torch.equal(inv.pose.yaw, G.pose(inv.w).yaw)
+
+
+@pytest.mark.parametrize("starts", [1, 3])
+def test_a_generator_without_a_pose_head_is_inverted_too(G, starts):
+    "Imported generators bring no discriminator: the search falls back to what looks most similar, from wherever it is seen"
+    import copy
+    bare = copy.copy(G); object.__setattr__(bare, "reader", None)
+    config = dataclasses.replace(TINY, starts=starts, candidates=40)
+    w, view = bare.sample(2, seed=9)
+    inv = run(bare, view.rgb, config)
+    assert inv.view.rgb.isfinite().all() and (inv.trace[-1]["rec"] < inv.trace[0]["rec"]).all()
+    mine = candidates(bare, bare.view(w, bare.pose(w)).rgb, config)
+    assert mine.shape == (2, starts, bare.config.w_dim) and (starts == 1 or torch.equal(mine[:, -1], bare.w_avg.expand(2, -1)))
