@@ -108,7 +108,7 @@ class GeneratorConfig:
     pivot:tuple = (0., 0., 0.) # the point that the camera looks at
     near:float = 2.38 # where rays start
     far:float = 3.05 # where rays end
-    samples:int = 16 # coarse samples a ray (too few show as onion skins: see below)
+    samples:int = 16 # coarse samples a ray (too few show as onion skins: chapter 08)
     fine_samples:int = 0 # importance samples a ray
     render_resolution:int = 32 # pixels a side of the volume rendering
     superresolution:str = "none" # "none", "2x", "4x", "8x", "8xdc"
