@@ -105,7 +105,7 @@ def blur(x:Tensor, sigma:float) -> Tensor: # (B, C, H, W); sigma in pixels
 # %% ../nbs/08_training.ipynb #ec11b4b9
 @dataclass(frozen=True)
 class TrainConfig:
-    "The training recipe; every value is ours (the paper trains no generator), measured on simulated portraits"
+    "The training recipe; every value is ours (the paper trains no generator): what the shipped run came to, in stages"
     batch:int = 32 # images a step
     g_rate:float = 0.0025 # Adam's rate, generator
     d_rate:float = 0.002 # Adam's rate, discriminator
@@ -189,6 +189,7 @@ class Fakes:
 
 def calibrate(D:Discriminator, own:Tensor, read:Tensor, share:float): # (B, 2) each, in units
     "Move the discriminator's calibration towards this batch's"
+    if len(own) < 2: return                                                       # one image has no spread
     gain = (own.std(0) / read.std(0).clamp(min=1e-3)).clamp(.5, 3.)
     D.pose_gain.lerp_(gain, share)
     D.pose_mean.lerp_(read.mean(0) - own.mean(0) / gain, share)

@@ -78,8 +78,8 @@ def test_folder_of_pictures(tmp_path):
     with pytest.raises(InputError): UnposedImages.folder(tmp_path, 8)
 
 
-def test_easy_pictures_come_first(images, tmp_path):
-    "Only easy pictures until the first mark, only the others from the second; a run with both resumes exactly"
+def test_easy_pictures_come_first(images):
+    "Only easy pictures until the first mark, only the others from the second"
     easy, seen = UnposedImages(torch.zeros(4, 3, 8, 8, dtype=torch.uint8)), []
     s = new_state(G8, D8, TrainConfig(batch=4, bf16=False, relight=0., easy_kimg=(.008, .016)))
     s.D.register_forward_pre_hook(lambda m, x: seen.append(float((x[0] <= -.999).float().mean())) if len(x) == 1 and not x[0].requires_grad else None)
@@ -109,4 +109,7 @@ def test_real_readings_are_scaled_to_the_generated_spread(images):
     assert torch.allclose(s.D.read_pose(x).stack(), (s.D(x).pose.stack() - s.D.pose_mean * s.D.unit) * s.D.pose_gain, atol=1e-6)
     still = new_state(G8, D8, TrainConfig(batch=4, bf16=False, calibrate=0.))
     train_step(still, images)
+    one = new_state(G8, D8, TrainConfig(batch=1, bf16=False))
+    train_step(one, images)
+    assert torch.equal(one.D.pose_gain, torch.ones(2))   # one image has no spread
     assert torch.equal(still.D.pose_gain, torch.ones(2))
