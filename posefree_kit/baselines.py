@@ -4,10 +4,13 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'Camera', 'pose_opt', 'Tuning', 'first_stage', 'Relay', 'thaw', 'TunedBatch', 'tune', 'tuned', 'pti',
-           'match', 'Symmetry', 'carry', 'conflict', 'mirror_term', 'Pseudo', 'pseudo_views', 'spi']
+           'match', 'Symmetry', 'carry', 'conflict', 'mirror_term', 'Pseudo', 'pseudo_views', 'spi',
+           'LatentEncoderConfig', 'LatentEncoder', 'fresh_encoder', 'LatentTraining', 'known_loss', 'portrait_loss',
+           'draw_people', 'LatentTrainer', 'train_latent_encoder', 'latent_figures', 'save_latent_encoder',
+           'read_latent_encoder', 'load_latent_encoder', 'encode', 'encoder', 'encoder_latent']
 
 # %% ../nbs/14_baselines.ipynb #2fcef4b9
-import copy, dataclasses, json, math, time
+import copy, dataclasses, json, time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -253,5 +256,233 @@ def spi(
     inv.report |= dict(method="spi", seconds=round(time.time() - t0, 2))
     return inv
 
+# %% ../nbs/14_baselines.ipynb #a08a0fcb
+@dataclass(frozen=True)
+class LatentEncoderConfig:
+    "The shape of a latent encoder (ours)"
+    widths:tuple = (32, 64, 96, 160) # channels at 1/2, 1/4, 1/8 and 1/16 of the size
+    hidden:int = 256 # numbers that both heads read
+    size:int = 64 # pixels a side that it looks at
+    w_dim:int = 72 # the generator's, as are the next two
+    look_dim:int = 64
+    num_ws:int = 10
+
+class LatentEncoder(nn.Module):
+    "Image to w and its deltas, in one pass"
+    def __init__(self, config:LatentEncoderConfig=LatentEncoderConfig()):
+        super().__init__()
+        c, n = config, config.widths
+        self.config = config
+        blocks = [ResidualBlock(a, b) for a, b in zip(n, n[1:])]
+        self.body = nn.Sequential(nn.PixelUnshuffle(2), Conv(12, n[0]), *blocks, nn.Flatten(), Linear(n[-1] * (c.size // 2 ** len(n)) ** 2, c.hidden, lrelu))
+        self.w, self.deltas = Linear(c.hidden, c.w_dim), Linear(c.hidden, c.num_ws * c.look_dim)
+        nn.init.zeros_(self.deltas.weight) # begins with one code for all layers
+        self.register_buffer("mean", torch.zeros(c.w_dim)); self.register_buffer("std", torch.ones(c.w_dim))
+    def forward(self, image:Tensor) -> tuple: # (B, 3, H, H) in [-1, 1] -> w (B, w_dim), deltas (B, num_ws, w_dim)
+        c, x = self.config, self.body(resize(image, self.config.size))
+        deltas = self.deltas(x).view(-1, c.num_ws, c.look_dim) * (.1 * self.std[:c.look_dim])
+        return self.mean + self.std * self.w(x), F.pad(deltas, (0, c.w_dim - c.look_dim))
+
+def fresh_encoder(G:PoseFreeGenerator, seed:int=0, start:LatentEncoder|None=None) -> LatentEncoder:
+    "An encoder for a generator: untrained, or with the weights of one that was trained for another of the same shape"
+    c = LatentEncoderConfig(w_dim=G.config.w_dim, look_dim=G.config.look_dim, num_ws=G.num_ws)
+    if start is not None and start.config != c: raise InputError(f"start: expected an encoder of the shape {c}, got {start.config}")
+    with torch.random.fork_rng([]): torch.manual_seed(seed); net = LatentEncoder(c)
+    if start is not None: net.load_state_dict(start.state_dict())
+    w = G.mapping(G.draw(4096, seed))
+    net.mean.copy_(w.mean(0)); net.std.copy_(w.std(0))
+    return net.to(w.device)
+
+# %% ../nbs/14_baselines.ipynb #9bc78c12
+@dataclass(frozen=True)
+class LatentTraining:
+    "How a latent encoder is trained (weights of the portraits' losses as published for encoders, but for L1; the rest ours)"
+    pool:int = 2048 # people of the generator, drawn once: w and pose are known
+    batch:int = 32 # of them a step
+    known:float = .4 # share of the run that sees nothing else; afterwards every step takes half a batch of them, and portraits
+    portraits:int = 8 # images a step, of which nothing is known
+    shrink:int = 2 # they are reconstructed at 1 / shrink of the size
+    rate:float = 2e-3 # peak of Adam's rate
+    portrait_weight:float = 4. # of the portraits' losses against those of the known people
+    view_weight:float = .02 # keeps the view part of w, of which only the pose is asked, near its mean
+    l1:float = 1.
+    perceptual_weight:float = .8
+    id:float = .1
+    delta_norm:float = 2e-4 # weight of the squared deltas
+    held:int = 32 # images that are kept back for the figures
+    seed:int = 0
+
+def known_loss(net:LatentEncoder, G:PoseFreeGenerator, image:Tensor, w:Tensor, unit:Tensor, training:LatentTraining) -> dict: # unit (2,) radians: the spread of poses
+    "People of the generator: the look part of w, and the pose that it carries, each in units of its spread"
+    got, d = net(image)
+    far, look = (got - w) / net.std, G.config.look_dim
+    pose = (G.pose(got).stack() - G.pose(w).stack()) / unit
+    return dict(look=far[:, :look].square().mean(), pose=pose.square().mean(), view=training.view_weight * ((got - net.mean) / net.std)[:, look:].square().sum(1).mean(), delta=training.delta_norm * losses.delta_prior(d).mean())
+
+def portrait_loss(net:LatentEncoder, nets:Networks, image:Tensor, training:LatentTraining) -> dict:
+    "Images of which nothing is known: rendered again by the frozen generator, they must look the same"
+    G, (w, d) = nets.generator, net(image)
+    view = render_at(G, G.planes(w[:, None] + d), G.pose(w), training.shrink)
+    target = resize(image, view.rgb.shape[-1])
+    parts = dict(rec=losses.rec(view.rgb, target, nets.psi.distance, training.l1, training.perceptual_weight), id=training.id * losses.identity(view.rgb, target, nets.phi.embed), deltas=training.delta_norm * losses.delta_prior(d))
+    return {k: training.portrait_weight * v.mean() for k, v in parts.items()}
+
+# %% ../nbs/14_baselines.ipynb #116f54c4
+@torch.no_grad()
+def draw_people(G:PoseFreeGenerator, n:int, size:int, seed:int) -> tuple: # w (n, w_dim), images (n, 3, size, size) uint8
+    "People of the generator, each from its own pose"
+    w = G.mapping(G.draw(n, seed))
+    return w, torch.cat([((resize(G.view(x, G.pose(x)).rgb, size).clamp(-1, 1) + 1) * 127.5).round().byte() for x in w.split(16)])
+
+class LatentTrainer:
+    "An encoder in training: everything that is needed to go on"
+    def __init__(self, nets:Networks, images:Tensor, training:LatentTraining, start:LatentEncoder|None=None): # images (N, 3, R, R) uint8
+        G = nets.generator
+        self.nets, self.images, self.training = nets, images, training
+        self.net = fresh_encoder(G, training.seed, start)
+        self.opt, self.step, self.seconds = torch.optim.Adam(self.net.parameters(), training.rate, betas=(.9, .99)), 0, 0.
+        self.w, self.people = draw_people(G, training.pool, self.net.config.size, training.seed)
+        self.unit = G.pose(self.w).stack().std(0)
+
+    def update(self, progress:float) -> dict: # progress of the run in [0, 1] -> parts
+        "One step"
+        t, g, only = self.training, rng(self.training.seed * 1_000_003 + self.step), progress < self.training.known
+        self.opt.param_groups[0]["lr"] = t.rate * warm_cosine(max(progress, 1e-3), .02)
+        i = torch.randint(len(self.w), (t.batch if only else t.batch // 2,), generator=g)
+        parts = known_loss(self.net, self.nets.generator, self._seen(self.people[i]), self.w[i], self.unit, t)
+        if not only:
+            j = torch.randint(len(self.images), (t.portraits,), generator=g)
+            image, flip = self._seen(self.images[j]), torch.rand(t.portraits, generator=g) < .5
+            parts |= portrait_loss(self.net, self.nets, torch.where(flip.to(image.device)[:, None, None, None], image.flip(-1), image), t)
+        self.opt.zero_grad(); sum(parts.values()).backward(); self.opt.step()
+        self.step += 1
+        return {k: float(v.detach()) for k, v in parts.items()}
+
+    def _seen(self, x): return x.to(self.w.device).float() / 127.5 - 1
+    def state(self) -> dict: return dict(step=self.step, seconds=self.seconds, net=self.net.state_dict(), opt=self.opt.state_dict())
+    def restore(self, state:dict):
+        self.net.load_state_dict(state["net"]); self.opt.load_state_dict(state["opt"])
+        self.step, self.seconds = state["step"], state["seconds"]
+
+def train_latent_encoder(
+    generator:PoseFreeGenerator, # frozen; on a CPU, with the compiled march several times as fast
+    images:Tensor, # (N, 3, R, R) uint8: square portraits and nothing else
+    out, # NAME.safetensors; the card goes to NAME.json, the state to NAME.state
+    minutes:float|None=None, steps:int|None=None, # budget: one of them, or whichever ends first
+    start=None, # an encoder file to begin with, of any generator of this shape
+    resume:bool=False, # go on from NAME.state
+    training:LatentTraining=LatentTraining(),
+    callback=None, # called with (step, parts) after each step
+    psi=None, phi=None,
+) -> "LatentEncoder": # as it is loaded
+    "Train an encoder: first on the generator's own people, whose w is known, then on portraits by what they look like when rendered again"
+    check_shape(images, "N 3 R R", "images")
+    if len(images) < 2 * training.held: raise InputError(f"images: expected at least {2 * training.held}, of which {training.held} are kept back, got {len(images)}")
+    if not (minutes or steps) or (minutes or 1) < 0 or (steps or 1) < 0: raise InputError(f"expected a budget above 0, got minutes {minutes} and steps {steps}")
+    out, device = Path(out).with_suffix(".safetensors"), generator.w_avg.device
+    nets = Networks(generator, psi or load_perceptual("portrait", device=device), phi or load_identity("portrait", device=device))
+    begin = None if start is None else read_latent_encoder(start)
+    t = LatentTrainer(nets, images[:-training.held], training, begin)
+    if resume: t.restore(_state(out.with_suffix(".state")))
+    last = saved = time.time()
+    try:
+        while (p := max(t.step / steps if steps else 0, t.seconds / 60 / minutes if minutes else 0)) < 1:
+            parts = t.update(p)
+            now = time.time(); t.seconds += now - last; last = now
+            if callback: callback(t.step, parts)
+            if now - saved > 60: _keep(t, out); saved = now
+    finally: _keep(t, out) # also when interrupted
+    told = dict(steps=t.step, minutes=round(t.seconds / 60, 2), seed=training.seed, training=config_to_dict(training), started_from=None if begin is None else {k: begin.card[k] for k in ("name", "sha256")},
+                data=f"{training.pool:,} people of the generator; {len(t.images):,} portraits without any label", figures=latent_figures(t.net, generator, images[-training.held:]))
+    save_latent_encoder(t.net, out, generator, **told)
+    return read_latent_encoder(out).to(device)
+
+def _keep(t, out):
+    with whole_file(out.with_suffix(".state")) as tmp: torch.save(t.state(), tmp)
+
+def _state(path):
+    if not path.is_file(): raise InputError(f"resume: expected the state of a run in {str(path)!r}, got none")
+    return torch.load(path, weights_only=True)
+
+# %% ../nbs/14_baselines.ipynb #157dca92
+@torch.no_grad()
+def latent_figures(net:LatentEncoder, G:PoseFreeGenerator, images:Tensor, people:int=64, seed:int=1_000_001) -> dict: # images (N, 3, R, R) uint8
+    "How well an encoder does on people of the generator and on portraits that it has not seen"
+    w, known = draw_people(G, people, net.config.size, seed)
+    psnr = lambda a, b: float((10 * torch.log10(4 / (a.clamp(-1, 1) - b).square().mean((1, 2, 3)))).mean())
+    def again(image): got, d = net(image); return got, resize(G.view(got[:, None] + d, G.pose(got)).rgb, net.config.size)
+    seen = lambda x: resize(x.to(w.device).float() / 127.5 - 1, net.config.size)
+    (got, view), (_, portrait) = again(seen(known)), again(seen(images))
+    off = (G.pose(got).degrees() - G.pose(w).degrees()).abs().mean(0).tolist()
+    look = ((got - w) / net.std)[:, :G.config.look_dim].square().mean()
+    return {k: round(float(v), 3) for k, v in dict(known_look_mse=look, known_yaw_deg=off[0], known_pitch_deg=off[1], known_psnr=psnr(view, seen(known)), portrait_psnr=psnr(portrait, seen(images))).items()} | dict(people=people, portraits=len(images))
+
+def save_latent_encoder(net:LatentEncoder, path, generator:PoseFreeGenerator, **card):
+    "Write an encoder in half precision, and its card, which names the generator that it belongs to"
+    from safetensors.torch import save
+    data = save({k: v.detach().half().cpu().contiguous() for k, v in net.state_dict().items()})
+    with whole_file(path) as tmp: tmp.write_bytes(data)
+    save_json(dict(name=Path(path).stem, config=config_to_dict(net.config), sha256=sha256(data), bytes=len(data), generator=dict(name=generator.name, sha256=generator.sha256), **card), Path(path).with_suffix(".json"))
+
+def read_latent_encoder(path) -> LatentEncoder: # frozen, on the CPU; its `card` is the model card
+    "Read an encoder and check it against its card, whichever generator it belongs to"
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+    path = Path(path)
+    try: data, card = path.read_bytes(), json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    except OSError as e: raise InputError(f"expected a latent encoder with its card, {path.name} and {path.with_suffix('.json').name}, got: {e.strerror}") from e
+    except ValueError as e: raise InputError(f"expected a card in JSON, got {path.with_suffix('.json').name}: {e}") from e
+    if not isinstance(card, dict) or card.get("sha256") != sha256(data): raise InputError(f"{path.name}: expected the SHA-256 that its card says, got {sha256(data)[:12]}... (damaged or exchanged)")
+    net = LatentEncoder(config_from_dict(LatentEncoderConfig, card.get("config")))
+    try: net.load_state_dict({k: v.float() for k, v in load(data).items()})
+    except (SafetensorError, RuntimeError) as e: raise InputError(f"{path.name}: expected the tensors of its card's config; {str(e).splitlines()[-1].strip()}") from e
+    net.card = card
+    return net.requires_grad_(False).eval()
+
+def load_latent_encoder(
+    generator:PoseFreeGenerator,
+    path=None, # None: the one that is shipped for a generator of this name
+) -> LatentEncoder: # frozen, on the generator's device
+    "The encoder that belongs to a generator; one of another generator is refused"
+    path = Path(path or ASSETS/"latent_encoders"/f"{generator.name}.safetensors")
+    advice = "train one with `posefree train-encoder --generator FILE --out FILE` (or `train_latent_encoder`) and name it with --encoder (or net=)"
+    if not path.is_file(): raise InputError(f"expected a latent encoder for the generator {generator.name!r}, got none at {path.name!r}: {advice}")
+    net = read_latent_encoder(path)
+    made = net.card.get("generator", {})
+    if not generator.sha256 or made.get("sha256") != generator.sha256:
+        raise InputError(f"latent encoder {path.name!r}: expected one trained for this generator ({generator.name}, SHA-256 {generator.sha256[:12] or 'none, not saved'}), got one for {made.get('name')} ({str(made.get('sha256'))[:12]}): {advice}")
+    return net.to(generator.w_avg.device)
+
+# %% ../nbs/14_baselines.ipynb #9ff94c3e
+def encode(net:LatentEncoder, target:Tensor, config:InvertConfig) -> InvertState: # target (B, 3, R, R)
+    "A start for the optimiser: what the encoder says (in the space w, without its deltas)"
+    with torch.no_grad(): w, d = net(target)
+    return InvertState(w, d if config.space == "w+" else None)
+
+def encoder(
+    image:Tensor, # (B, 3, R, R) in [-1, 1]
+    generator:PoseFreeGenerator, # frozen
+    config:InvertConfig=quick(), callback=None, # as for `invert`; there are no steps, so the callback is never called
+    net:LatentEncoder|None=None, # None: the one that is shipped with this generator
+    psi=None, phi=None,
+) -> Inversion:
+    "pSp, e4e and their family (Richardson et al., Tov et al. 2021): one look, no optimisation"
+    t0 = time.time()
+    nets, target = prepare(image, generator, config, psi, phi)
+    state = encode(net or load_latent_encoder(generator), target, config)
+    return result(nets, config, state, dict(method="encoder", seconds=round(time.time() - t0, 2), steps=0, start_scores=None))
+
+def encoder_latent(
+    image:Tensor, generator:PoseFreeGenerator, config:InvertConfig=quick(), callback=None, # as for `invert`
+    net:LatentEncoder|None=None, # as for `encoder`
+    psi=None, phi=None,
+) -> Inversion:
+    "The paper's future work: the encoder's code instead of a start search, then latent-only optimisation"
+    t0 = time.time()
+    nets, target = prepare(image, generator, config, psi, phi)
+    inv = invert(target, generator, config, callback, encode(net or load_latent_encoder(generator), target, config), nets.psi, nets.phi)
+    inv.report |= dict(method="encoder+latent", seconds=round(time.time() - t0, 2))
+    return inv
+
 # %% ../nbs/14_baselines.ipynb #3f386731
-METHODS = dict(latent=invert, pose_opt=pose_opt, pti=pti, spi=spi)
+METHODS = {"latent": invert, "pose_opt": pose_opt, "pti": pti, "spi": spi, "encoder": encoder, "encoder+latent": encoder_latent}
