@@ -419,7 +419,7 @@ def training_images(folder, n:int, size:int, device, progress:bool, plain:bool=F
 # %% ../nbs/18_cli.ipynb #5e3a1c71
 @command
 def train_encoder(
-    out:Annotated[Path, typer.Option(help="NAME.safetensors; the card goes to NAME.json, the state of the run to NAME.state.")],
+    out:Annotated[Path, typer.Option(help="NAME.safetensors; the card goes to NAME.json, the state of an unfinished run to NAME.state.")],
     generator:Annotated[str, typer.Option(help="A shipped generator or a .safetensors file.")]="portraits",
     minutes:Annotated[Optional[float], typer.Option(help="Stop after so many minutes of training, those before --resume included.", show_default=False)]=None,
     steps:Annotated[Optional[int], typer.Option(help="Stop after so many steps.", show_default=False)]=None,
@@ -441,7 +441,8 @@ def train_encoder(
     budget = [f"--{k} {v:g}" for k, v in dict(minutes=minutes, steps=steps).items() if v is not None and not v > 0]
     if budget or (minutes is None and steps is None): raise InputError(f"expected a budget above 0, --minutes or --steps (or both), got {budget[0] if budget else 'none'}")
     out = Path(out).with_suffix(".safetensors")
-    if out.exists() and not (resume or overwrite): raise InputError(f"expected a new file, got {str(out)!r}, which is there: --resume goes on, --overwrite replaces it")
+    there = [str(p) for p in (out, out.with_suffix(".state")) if p.exists()]
+    if there and not (resume or overwrite): raise InputError(f"expected a new file, got {there[-1]!r}, which is there: --resume goes on with an unfinished run, --overwrite replaces it")
     if start: read_latent_encoder(start)
     where = resolve_device(device)
     G = load_generator(generator, where)
