@@ -199,7 +199,7 @@ def test_an_interrupted_training_goes_on_exactly(G, pictures, tmp_path):
 
 
 def test_an_encoder_belongs_to_its_generator(G, tmp_path):
-    H, other = (load_generator(save_checkpoint(tmp_path/n, G, dict(x=n) and None, half=h), "cpu") for n, h in (("one", True), ("two", False)))
+    H, other = (load_generator(save_checkpoint(tmp_path/n, G, half=h), "cpu") for n, h in (("one", True), ("two", False)))
     save_latent_encoder(fresh_encoder(H), tmp_path/"e.safetensors", H)
     assert isinstance(load_latent_encoder(H, tmp_path/"e.safetensors"), LatentEncoder)
     with pytest.raises(InputError, match="trained for this generator .*train-encoder"): load_latent_encoder(other, tmp_path/"e.safetensors")
