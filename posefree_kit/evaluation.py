@@ -9,9 +9,9 @@ __all__ = ['OFFSETS', 'MEASURES', 'MS_SSIM_BETAS', 'SETS', 'SELF', 'OWN_SEED', '
            'generator_figures', 'PortraitSet', 'set_seeds', 'Truth', 'portrait_truth', 'own_truth', 'truth_of',
            'Answer', 'answer', 'score', 'parse_rows', 'read_rows', 'Busy', 'RowFile', 'methods', 'resolve',
            'check_judges', 'Meter', 'attempt', 'one_of', 'asked', 'evaluate', 'interval', 'groups', 'pose_errors',
-           'means', 'paired', 'label', 'shown', 'markdown_table', 'table', 'differences', 'depth_tile', 'strip',
-           'keep_strips', 'safe', 'stem', 'figure', 'figures', 'write_tables', 'report', 'benchmark', 'read_views',
-           'read_depth', 'read_answer', 'score_views', 'write_views']
+           'means', 'paired', 'verdict', 'label', 'shown', 'markdown_table', 'table', 'differences', 'depth_tile',
+           'strip', 'keep_strips', 'safe', 'stem', 'figure', 'figures', 'write_tables', 'report', 'benchmark',
+           'read_views', 'read_depth', 'read_answer', 'score_views', 'write_views']
 
 # %% ../nbs/15_evaluation.ipynb #34624b26
 import dataclasses, functools, json, math, os, time
@@ -256,14 +256,18 @@ class Truth:
     depth:Tensor|None = None # (B, 1, h, h)
     mask:Tensor|None = None # (B, 1, h, h) 1 where depth means something
     w:Tensor|None = None # (B, w_dim)
-    turned:object = None # degrees -> (B, 3, R, R): the same from true yaw + degrees
+    turned:object = None # one of `OFFSETS` -> (B, 3, R, R): the same from true yaw + so many degrees
     focal:float = FOCAL # of `depth`
 
 @functools.lru_cache(maxsize=64)
 def portrait_truth(seeds:tuple, size:int) -> Truth:
-    "Portraits from where they are drawn, and from anywhere else"
-    t = portrait_batch(torch.tensor(seeds), size)
-    side = functools.lru_cache(lambda deg: portrait_batch(torch.tensor(seeds), size, poses=turn(t.pose, math.radians(deg))).image)
+    "Portraits from where they are drawn, and from the sides"
+    t, k = portrait_batch(torch.tensor(seeds), size), len(OFFSETS)
+    @functools.cache
+    def around(): # all views at once: one call costs little more for many portraits
+        pose = t.pose.map(lambda x: x.repeat(k)); angle = torch.deg2rad(torch.tensor(OFFSETS)).repeat_interleave(len(seeds))
+        return dict(zip(OFFSETS, portrait_batch(torch.tensor(seeds * k), size, poses=turn(pose, angle)).image.chunk(k)))
+    side = lambda deg: around()[deg]
     return Truth(seeds, t.image, t.pose, t.depth, t.mask, None, side)
 
 @torch.no_grad()
@@ -517,6 +521,14 @@ def paired(rows:list, others:list, key:str) -> dict: # n, mean, low, high of (ro
     d = [r[key] - at[r["set"], r["image"]] for r in rows if r.get(key) is not None and (r["set"], r["image"]) in at]
     return dict(zip(("mean", "low", "high"), interval(d))) | dict(n=len(d))
 
+def verdict(d:dict, better:str, least:int=8) -> str: # d: of a paired difference, what is claimed to be better minus the other; better: "higher" or "lower"; least: pairs
+    "Held where the whole interval is on the claimed side, the opposite where it is on the other; fewer pairs than `least` decide nothing"
+    if not d["n"]: return "not measured"
+    if d["n"] < least: return f"too few ({d['n']})"
+    sign = 1 if better == "higher" else -1
+    low, high = sorted((sign * d["low"], sign * d["high"]))
+    return "held" if low > 0 else "the opposite" if high < 0 else "undecided"
+
 # %% ../nbs/15_evaluation.ipynb #c0a11013
 INPUT_VIEW = ("mse", "psnr", "ssim", "lpips", "pdist", "id", "ms_ssim_dist")
 AGAINST_TRUTH = ("novel_psnr_30", "novel_pdist_30", "novel_id_30", "novel_psnr", "depth_corr", "depth_rmse", "normal_deg", "pose_yaw_deg", "pose_pitch_deg", "depth_std", "w_dist", "seconds", "peak_mb")
@@ -554,11 +566,11 @@ def differences(rows:list, keys=("mse", "pdist", "id", "ms_ssim_dist", "novel_ps
     return markdown_table(["set", f"method minus {reference[0]}", "pairs", *keys], lines)
 
 # %% ../nbs/15_evaluation.ipynb #c0a11021
-def depth_tile(depth:Tensor, weight:Tensor, size:int) -> Tensor: # (1, 1, h, h) each -> (1, 3, size, size) in [-1, 1]
-    "Depth in grey, near is bright, nothing is white; its own 1st to 99th percentile"
-    seen, there = depth[weight > .5].float(), weight > .5
-    near, far = seen.quantile(torch.tensor([.01, .99], device=seen.device)) if len(seen) else (0., 1.)
-    grey = torch.where(there, ((far - depth) / (far - near + 1e-6)).clamp(0, 1) * 2 - 1, 1.)
+def depth_tile(depth:Tensor, weight:Tensor, size:int, span:float=.35) -> Tensor: # (1, 1, h, h) each -> (1, 3, size, size) in [-1, 1]
+    "Depth in grey: white at the nearest percent of what is seen, black a span (in lengths) behind it or where nothing is"
+    there = weight > .5
+    near = depth[there].float().quantile(.01) if there.any() else 0.
+    grey = torch.where(there, (1 - (depth - near) / span).clamp(0, 1) * 2 - 1, -1.)
     return F.interpolate(grey, size, mode="nearest-exact").expand(-1, 3, -1, -1)
 
 def strip(a:Answer, i:int) -> Tensor: # (1, 3, R, 4 R)
@@ -590,7 +602,7 @@ def figure(rows:list, folder, path): # rows: of one set and generator; folder: o
     names = sorted({p.name.split(".")[0] for p in Path(folder).glob("*.truth.png")})
     lines = [("truth", "truth")] + [(label(g[0]) + f"\n{g[0]['preset']}, {g[0]['steps']}", stem(g[0], "strip")) for g in groups(rows).values()]
     lines = [(text, who) for text, who in lines if any((Path(folder)/f"{n}.{who}.png").exists() for n in names)]
-    fig = Figure((.6 + 3.2 * len(names), .35 + .85 * len(lines)), layout="constrained", dpi=100)
+    fig = Figure((.6 + 3.2 * len(names), .35 + .85 * len(lines)), layout="constrained", dpi=120)
     axes = fig.subplots(len(lines), len(names), squeeze=False)
     for j, name in enumerate(names):
         for i, (text, who) in enumerate(lines):
@@ -724,14 +736,17 @@ def score_views(
     with RowFile(Path(out)/"rows"/f"{stem(who)}.jsonl", resume) if out else _Memory() as file:
         if out: save_json(dict(row=who, config={}, protocol=protocol(judges, v["size"])), Path(out)/"rows"/f"{stem(who)}.json")
         for name in names:
-            if name not in {r["image"] for r in file.rows}: file.append([who | _file_row(name, entries.get(name), folder, v["size"], judges, keep) | told])
+            if name not in {r["image"] for r in file.rows}: file.append([who | _file_row(name, entries.get(name), folder, _known(names, name, v["size"]), judges, keep) | told])
         return list(file.rows)
 
-def _file_row(name:int, entry, folder, size:int, judges, keep) -> dict:
+def _known(names:list, name:int, size:int) -> Truth: # of one person; drawn eight at a time, which is quicker
+    i = names.index(name)
+    return one_of(portrait_truth(tuple(names[i - i % 8:i - i % 8 + 8]), size), i % 8)
+
+def _file_row(name:int, entry, folder, truth:Truth, judges, keep) -> dict:
     if entry is None: return dict(image=name, error="not listed in views.json")
-    try: a = read_answer(entry, folder, size)
+    try: a = read_answer(entry, folder, truth.image.shape[-1])
     except InputError as e: return dict(image=name, error=str(e))
-    truth = portrait_truth((name,), size)
     if keep: keep(truth, a)
     return _finite(score(a, truth, judges)[0]) | {k: entry[k] for k in ("seconds",) if k in entry}
 
@@ -739,8 +754,9 @@ def write_views(name:str, folder, n:int=32, size:int=256) -> dict: # what views.
     "Inputs of a set (input.png) with the truth's own views, in the format that `score_views` reads"
     import numpy as np
     folder, images = Path(folder), []
-    for seed in set_seeds(name, n):
-        t = portrait_truth((seed,), size); yaw, pitch = t.pose.degrees()[0].tolist()
+    names = set_seeds(name, n)
+    for seed in names:
+        t = _known(names, seed, size); yaw, pitch = t.pose.degrees()[0].tolist()
         save_image(t.image, folder/f"{seed}/input.png"); save_image(t.image, folder/f"{seed}/view_+00.png")
         for off in OFFSETS: save_image(t.turned(off), folder/f"{seed}/view_{off:+03d}.png")
         with whole_file(folder/f"{seed}/depth.npy") as tmp: np.save(tmp, t.depth[0, 0].numpy())
