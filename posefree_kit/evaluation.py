@@ -402,13 +402,18 @@ class Meter:
     def __init__(self, device): self.device = torch.device(device)
     def __enter__(self):
         if self.device.type == "cuda": torch.cuda.synchronize(self.device); torch.cuda.reset_peak_memory_stats(self.device)
-        elif (reset := Path("/proc/self/clear_refs")).exists(): reset.write_text("5") # Linux: start the peak anew
+        else: self.reset = self._reset()
         self.start = time.perf_counter()
         return self
     def __exit__(self, *_):
         if self.device.type == "cuda": torch.cuda.synchronize(self.device); self.peak_mb = round(torch.cuda.max_memory_allocated(self.device) / 2**20, 1)
-        elif (status := Path("/proc/self/status")).exists(): self.peak_mb = round(int(status.read_text().split("VmHWM:")[1].split()[0]) / 1024, 1)
+        elif self.reset: self.peak_mb = round(int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024, 1)
         self.seconds = time.perf_counter() - self.start
+    @staticmethod
+    def _reset() -> bool: # Linux: start the peak of this process anew; elsewhere it is not measured
+        try: Path("/proc/self/clear_refs").write_text("5")
+        except OSError: return False
+        return True
 
 FAILURES = (InputError, RuntimeError, ArithmeticError) # what counts as a method's failure (divergence and full memory are RuntimeErrors); anything else is a bug and stops the run
 
