@@ -12,7 +12,6 @@ import skimage.data
 import torch
 import trimesh
 from PIL import Image
-from safetensors import safe_open
 from typer.testing import CliRunner
 
 from posefree_kit import cli, optimiser

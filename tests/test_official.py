@@ -8,11 +8,8 @@ import os
 import pickle
 import subprocess
 import sys
-import types
 import warnings
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,21 +17,23 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from posefree_kit import cli, rendering
-from posefree_kit.camera import Pose, pose_of_position, rays
-from posefree_kit.checkpoints import import_official, load_generator, module_state, official_config, official_name, plane_axes_name, read_card, read_snapshot, save_checkpoint
+from posefree_kit.camera import Pose, rays
+from posefree_kit.checkpoints import import_official, load_generator, module_state, official_config, plane_axes_name, read_card, read_snapshot, save_checkpoint
 from posefree_kit.core import InputError, config_from_dict, config_to_dict, sha256
 from posefree_kit.generator import GeneratorConfig, SuperResolution, render_eg3d, sample_planes_plain
-from posefree_kit.pose import PoseFreeGenerator, look_at_angles, look_at_pose
+from posefree_kit.pose import look_at_angles, look_at_pose
 from posefree_kit.rendering import fine_depths_eg3d, march, march_eg3d, pooled_weights, softplus_density
 from posefree_kit.stylegan import ModConv
 
-REFERENCE = Path(os.environ.get("POSEFREE_REFERENCE") or Path(__file__).parents[2]/"shared/reference")
+from conftest import reference
+from snapshots import RIGHT, SHAPENET, SMALL, WRONG, official_state, options, snapshot
+
 IMAGE, PLANES, EXACT = 5e-4, 1e-4, 2e-6 # largest difference allowed
 
 class Reference:
     "One recorded configuration"
     def __init__(self, name):
-        folder = REFERENCE/name
+        folder = reference(name)
         self.io, self.options = load_file(folder/"io.safetensors"), json.loads((folder/"config.json").read_text())
         self.G = import_official(folder/"state.safetensors", folder/"config.json")
         self.k, self.size = self.io["in.intrinsics"], self.options["neural_rendering_resolution"]
@@ -58,7 +57,6 @@ class Reference:
 
 @pytest.fixture(scope="module", params=["ffhq128", "afhq512"])
 def ref(request):
-    if not (REFERENCE/request.param).is_dir(): pytest.skip("skipped: no reference")
     return Reference(request.param)
 
 def render(ref, pose, noise=None, planes=None, size=None, k=None):
@@ -233,27 +231,6 @@ def restated(s, o, z, k):
         for j, up in enumerate(ups): f, out = block(s, f"superresolution.block{j}", f, out, [w] * 3, bool(up), clamp, noise)
     return dict(w=w, pose=torch.stack([h, v], -1), radius=radius, planes=planes, image_raw=rgb, image=out, depth=depth.unflatten(-1, (n, n))[:, None], weight=seen.unflatten(-1, (n, n))[:, None])
 
-def options(sr="2X", size=128, render=16, **changes):
-    "A small official configuration; changes to rendering_kwargs"
-    r = dict(superresolution_module=f"training.superresolution.SuperresolutionHybrid{sr}" if sr else None, clamp_mode="softplus", superresolution_noise_mode="none", decoder_lr_mul=1, sr_antialias=True, wrong=True, image_resolution=size,
-             depth_resolution=9, depth_resolution_importance=7, ray_start=2.25, ray_end=3.3, box_warp=1, avg_camera_radius=2.7, avg_camera_pivot=[0, 0, .2], h_mean=math.pi / 2) | changes
-    return dict(z_dim=12, c_dim=25, w_dim=12, img_resolution=size, img_channels=3, sr_num_fp16_res=4, mapping_kwargs=dict(num_layers=2, linear_pose=False, lr_multiplier=.01, lr_multiplier_pose=.01), rendering_kwargs=r,
-                sr_kwargs=dict(w_dim=12), channel_base=512, channel_max=6, num_fp16_res=0, conv_clamp=None, neural_rendering_resolution=render)
-
-SHAPENET = dict(white_back=True, ray_start=.1, ray_end=2.6, box_warp=1.6, avg_camera_radius=1.7, avg_camera_pivot=[0, 0, 0], h_mean=math.pi, clamp_h=(0, 2 * math.pi), clamp_v=(0, 3.1415926))
-
-def official_state(o, seed=0):
-    "A state dict of official names with random, non-trivial values"
-    torch.manual_seed(seed)
-    G, g = PoseFreeGenerator(official_config(o)), torch.Generator().manual_seed(seed)
-    s = {official_name(k): v.clone() for k, v in G.state_dict().items()}
-    for k, v in s.items():
-        if k.endswith(("bias", "noise_strength", "w_avg")): v.add_(torch.randn(v.shape, generator=g) * (3. if "affine_layer" in k else .3))
-    s["decoder.net.2.weight"][0] = 3 * (s["decoder.net.2.weight"][0] - s["decoder.net.2.weight"][0].mean()); s["decoder.net.2.bias"][0] = 2 / (o["rendering_kwargs"]["ray_end"] - o["rendering_kwargs"]["ray_start"])
-    tap = torch.tensor([1., 3, 3, 1]) / 8
-    blocks = {k.rsplit(".", 2)[0] for k in s if k.endswith("torgb.weight")}
-    return s | {f"{b}{m}.resample_filter": torch.outer(tap, tap) for b in blocks for m in ("", ".conv0", ".conv1") if not m or f"{b}{m}.weight" in s}
-
 CASES = {"four times, three planes": options("4X", 256, 24, wrong=False), "ShapeNet": options("2X", 128, 64, **SHAPENET), "no super-resolution, AFHQ": options(None, 24, 24, avg_camera_pivot=[0, 0, -.06], superresolution_noise_mode="none"),
          "eight times, noise, shrunk": options("2X", 128, 72, superresolution_noise_mode="const", sr_antialias=False, wrong=False), "eight times": options("8X", 512, 12),
          "CompCars, radius learnt": options("2X", 128, 16, **SHAPENET | dict(avg_camera_radius=1.9, r_mean=1.9, fov_mean=40, clamp_v=(1.2, 1.9))) | dict(mapping_kwargs=dict(num_layers=3, lr_multiplier=.02, lr_multiplier_pose=.05, cam_dim=3)),
@@ -280,56 +257,11 @@ def test_the_rules_restated(name):
 
 # Snapshots: followed, never run
 
-def stand_ins(monkeypatch):
-    "Modules and classes with the official names, that do nothing: to write a snapshot as the official code would"
-    def persistent(obj): return obj._reconstruct, (dict(type="class", version=6, module_src="raise SystemExit('the source was executed')", class_name=type(obj).__name__, state=obj.__dict__),)
-    def _reconstruct_persistent_obj(meta): raise SystemExit("the official loader was called")
-    def module(name, **what):
-        m = types.ModuleType(name); monkeypatch.setitem(sys.modules, name, m)
-        for k, v in what.items():
-            setattr(m, k, v)
-            if hasattr(v, "__module__"): v.__module__, v.__qualname__ = name, k
-        return m
-    make = lambda name, base=object, **d: type(name, (base,), d)
-    for package in ("torch_utils", "training", "dnnlib"): module(package)
-    module("torch_utils.persistence", _reconstruct_persistent_obj=_reconstruct_persistent_obj)
-    Layer = make("FullyConnectedLayer", _reconstruct=staticmethod(_reconstruct_persistent_obj), __reduce__=persistent)
-    Gen = make("TriPlaneGeneratorPose", _reconstruct=staticmethod(_reconstruct_persistent_obj), __reduce__=persistent)
-    Renderer, EasyDict = make("ImportanceRenderer"), make("EasyDict", dict)
-    module("training.volumetric_rendering.renderer", ImportanceRenderer=Renderer); module("training.volumetric_rendering")
-    module("training.networks_stylegan2", FullyConnectedLayer=Layer); module("training.triplane_autopose", TriPlaneGeneratorPose=Gen)
-    module("dnnlib.util", EasyDict=EasyDict)
-    return types.SimpleNamespace(Layer=Layer, Gen=Gen, Renderer=Renderer, EasyDict=EasyDict)
-
-WRONG = torch.tensor([[[1., 0, 0], [0, 1, 0], [0, 0, 1]], [[1, 0, 0], [0, 0, 1], [0, 1, 0]], [[0, 0, 1], [1, 0, 0], [0, 1, 0]]]) # published frames
-RIGHT = WRONG.clone(); RIGHT[2] = torch.tensor([[0., 0, 1], [0, 1, 0], [1, 0, 0]])
-
-def snapshot(monkeypatch, state, o, axes=WRONG):
-    "A snapshot in the official layout"
-    cls = stand_ins(monkeypatch)
-    def fill(x, **more):
-        x.__dict__.update(training=False, _parameters=collections.OrderedDict(), _buffers=collections.OrderedDict(), _modules=collections.OrderedDict(), _non_persistent_buffers_set=set(), **more); return x
-    def net(kwargs):
-        root = fill(cls.Gen(), _init_args=(), _init_kwargs=cls.EasyDict({k: v for k, v in kwargs.items() if k != "neural_rendering_resolution"}), rendering_kwargs=kwargs["rendering_kwargs"], neural_rendering_resolution=np.int64(kwargs["neural_rendering_resolution"]))
-        for name, v in state.items():
-            node = root
-            for part in name.split(".")[:-1]: node = node._modules.setdefault(part, None) or node._modules.__setitem__(part, fill(cls.Layer())) or node._modules[part]
-            leaf = name.split(".")[-1]
-            if leaf in ("resample_filter", "noise_const", "w_avg"): node._buffers[leaf] = v
-            else: node._parameters[leaf] = torch.nn.Parameter(v)
-        root._modules["renderer"] = fill(cls.Renderer(), plane_axes=axes)
-        root._modules["renderer"]._buffers["passing"] = torch.zeros(3); root._modules["renderer"]._non_persistent_buffers_set.add("passing")
-        root._modules["superresolution"] = root._modules.get("superresolution")
-        return root
-    return dict(G=None, D=None, G_ema=net(o), training_set_kwargs=cls.EasyDict(resolution=o["img_resolution"], note="é".encode("latin1"), p=np.float64(.25)), augment_pipe=None)
-
-SMALL = options("2X", 128, 16)
-
 @pytest.mark.parametrize("protocol", [2, 4])
-def test_a_snapshot_is_read_to_an_identical_state_dict(monkeypatch, tmp_path, protocol):
+def test_a_snapshot_is_read_to_an_identical_state_dict(tmp_path, protocol):
     state, path = official_state(SMALL), tmp_path/"network-snapshot.pkl"
-    path.write_bytes(pickle.dumps(snapshot(monkeypatch, state, SMALL, RIGHT), protocol))
-    for name in [m for m in sys.modules if m.split(".")[0] in ("torch_utils", "training", "dnnlib")]: monkeypatch.delitem(sys.modules, name)
+    path.write_bytes(snapshot(state, SMALL, RIGHT, protocol))
+    assert not [m for m in sys.modules if m.split(".")[0] in ("torch_utils", "training", "dnnlib")]
     data = read_snapshot(path)
     got = module_state(data["G_ema"])
     assert set(got) == set(state) and all(torch.equal(got[k], state[k]) for k in state)
@@ -396,9 +328,9 @@ def test_nothing_handed_out_keeps_what_a_pickle_sets_on_it(what, tmp_path):
     import torch._utils
     assert not hasattr(torch._utils._rebuild_tensor_v2, "f") and not hasattr(collections.OrderedDict, "f")
 
-def test_damaged_and_foreign_snapshots(tmp_path, monkeypatch):
+def test_damaged_and_foreign_snapshots(tmp_path):
     path = tmp_path/"x.pkl"
-    good = pickle.dumps(snapshot(monkeypatch, official_state(SMALL), SMALL))
+    good = snapshot(official_state(SMALL), SMALL)
     for content in (b"", good[:1000], good[:-1000], b"not a pickle", pickle.dumps([1]), pickle.dumps(dict(G_ema=None)), pickle.dumps({}), b"\x80\x04]" + b"(" * 200 + b"."):
         path.write_bytes(content)
         with pytest.raises(InputError, match="x.pkl"): import_official(path)
