@@ -11,16 +11,19 @@ import sys
 import warnings
 
 import pytest
+import skimage.data
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from posefree_kit import cli, rendering
+from posefree_kit import cli, optimiser, rendering
 from posefree_kit.camera import Pose, rays
 from posefree_kit.checkpoints import import_official, load_generator, module_state, official_config, plane_axes_name, read_card, read_snapshot, save_checkpoint
 from posefree_kit.core import InputError, config_from_dict, config_to_dict, sha256
 from posefree_kit.generator import GeneratorConfig, SuperResolution, render_eg3d, sample_planes_plain
+from posefree_kit.optimiser import candidates, paper
 from posefree_kit.pose import look_at_angles, look_at_pose
 from posefree_kit.rendering import fine_depths_eg3d, march, march_eg3d, pooled_weights, softplus_density
 from posefree_kit.stylegan import ModConv
@@ -215,7 +218,7 @@ def restated(s, o, z, k):
     i = torch.searchsorted(cdf, u, right=True)
     lo, hi = (i - 1).clamp(min=0), i.clamp(max=nc - 3)
     den = cdf.gather(-1, hi) - cdf.gather(-1, lo); den[den < 1e-5] = 1
-    z1 = bins.gather(-1, lo) + (u - cdf.gather(-1, lo)) / den * (bins.gather(-1, hi) - bins.gather(-1, lo))
+    z1 = (bins.gather(-1, lo) + (u - cdf.gather(-1, lo)) / den * (bins.gather(-1, hi) - bins.gather(-1, lo))).detach()
     raw1, c1 = field(z1)
     z, order = torch.cat([z0, z1], -1).sort(-1)
     raw, c = torch.cat([raw, raw1], -1).gather(-1, order), torch.cat([c, c1], -2).gather(-2, order[..., None].expand(*order.shape, 32))
@@ -255,6 +258,22 @@ def test_the_rules_restated(name):
     assert away(view.depth[there], want["depth"][there]) < 2 * IMAGE and view.rgb_raw.std() > .01 and view.rgb.shape[-1] == (o["img_resolution"] if G.superres else 24)
     assert .02 < want["weight"].mean() < .98                                   # neither empty nor a wall: the test sees something
 
+@pytest.mark.parametrize("name", ["four times, three planes", "ShapeNet", "CompCars, radius learnt"])
+def test_the_rules_restated_have_the_same_gradient(name):
+    "Of a weighted sum of the image with respect to z: through mapping, pose, planes, march and super-resolution"
+    o = copy.deepcopy(CASES[name]); o["neural_rendering_resolution"] = 64 if name == "ShapeNet" else 12
+    s = official_state(o)
+    G = import_official(s, o)
+    z, k = torch.randn(1, 12, generator=torch.Generator().manual_seed(6)), torch.tensor([[G.config.focal, 0, .5], [0, G.config.focal, .5], [0, 0, 1]])
+    a, b = z.clone().requires_grad_(), z.clone().requires_grad_()
+    w = G.mapping(a)
+    pose = G.pose(w)
+    image, want = G.render(G.planes(w), pose).rgb, restated(s, o, b, k)["image"]
+    weight = torch.randn(image.shape, generator=torch.Generator().manual_seed(7)) / image.numel() ** .5
+    g, = torch.autograd.grad((image * weight).sum(), a)
+    g_want, = torch.autograd.grad((want * weight).sum(), b)
+    assert g.isfinite().all() and g_want.abs().max() > 1e-3 and (g - g_want).abs().max() < 2e-3 * g_want.abs().max()
+
 # Snapshots: followed, never run
 
 @pytest.mark.parametrize("protocol", [2, 4])
@@ -270,6 +289,35 @@ def test_a_snapshot_is_read_to_an_identical_state_dict(tmp_path, protocol):
     want = import_official(state, SMALL | dict(rendering_kwargs=SMALL["rendering_kwargs"] | dict(wrong=False)))
     assert G.config == want.config and G.config.plane_axes == "xyz" and all(torch.equal(a, b) for a, b in zip(G.state_dict().values(), want.state_dict().values()))
     assert G.source["sha256"] == sha256(path) and G.source["network"] == "G_ema" and not any(p.requires_grad for p in G.parameters())
+
+def test_the_discriminator_stays_in_the_snapshot_and_inversion_does_without(tmp_path):
+    path = tmp_path/"with-judge.pkl"
+    o = options("2X", 128, 8)
+    path.write_bytes(snapshot(official_state(o), o, judge=True))
+    G = import_official(path)
+    assert G.source["left_in_the_snapshot"] == {"D": "DualDiscriminator"} and G.reader is None
+    assert set(module_state(read_snapshot(path)["D"])) == {"b4.fc.weight", "b4.fc.bias"}                 # there for whoever knows what it means
+    with pytest.raises(InputError, match="expected a discriminator"): G.read_pose(torch.zeros(1, 3, 128, 128))
+    target = G.sample(1, 3)[1].rgb.clamp(-1, 1)
+    w = candidates(G, target, paper(candidates=6, starts=3))
+    assert w.shape == (1, 3, 12) and torch.equal(w[:, -1], G.w_avg[None]) and w.isfinite().all()
+
+def test_from_a_snapshot_and_a_photograph_to_a_reconstruction(monkeypatch, tmp_path):
+    "The steps of the tutorial, in a shell"
+    monkeypatch.setitem(optimiser.PRESETS, "paper", lambda **changes: paper(**{**dict(candidates=4, starts=1, start_steps=0), **changes}))
+    o = options("2X", 128, 8)
+    (tmp_path/"network.pkl").write_bytes(snapshot(official_state(o), o, judge=True))
+    Image.fromarray(skimage.data.astronaut()).save(tmp_path/"astronaut.png")
+    run = lambda *a: CliRunner().invoke(cli.app, [str(x) for x in a])
+    r = run("import-official", tmp_path/"network.pkl", tmp_path/"faces.safetensors")
+    assert r.exit_code == 0 and "DualDiscriminator" in r.stderr, r.stderr
+    call = ["invert", tmp_path/"astronaut.png", "--out", tmp_path/"out", "--generator", tmp_path/"faces.safetensors", "--preset", "paper", "--align", "--steps", 2, "--device", "cpu", "--no-progress", "--no-mesh", "--no-video"]
+    r = run(*call)
+    assert r.exit_code == 0 and "FFHQ's is used" in r.stderr, r.stderr                                   # random weights draw no faces to measure
+    report = json.loads((tmp_path/"out"/"astronaut"/"report.json").read_text())
+    assert report["preset"] == "paper" and [s["shrink"] for s in report["stages"]] == [2, 1] and report["generator"]["resolution"] == 128
+    assert Image.open(tmp_path/"out"/"astronaut"/"reconstruction.png").size == (128, 128)
+    r = run(*call, "--overwrite", "--framing", "square"); assert r.exit_code == 2 and "auto, portraits, ffhq" in r.stderr
 
 def test_the_published_planes_are_recognised():
     assert plane_axes_name(WRONG) == "eg3d" and plane_axes_name(RIGHT) == "xyz"
@@ -356,7 +404,8 @@ def test_missing_left_over_and_misshapen_tensors_are_named():
 
 @pytest.mark.parametrize("text,change", [("background NeRF", dict(bg_kwargs=dict(num_bg_pts=4))), ("superresolution_module", dict(rendering_kwargs=dict(superresolution_module="a.Other"))), ("linear_pose", dict(mapping_kwargs=dict(linear_pose=True))),
                                          ("uniform_sampling", dict(mapping_kwargs=dict(uniform_sampling=True))), ("clamp_mode", dict(rendering_kwargs=dict(clamp_mode="relu"))), ("disparity", dict(rendering_kwargs=dict(disparity_space_sampling=True))),
-                                         ("ray_start", dict(rendering_kwargs=dict(ray_start="auto"))), ("img_resolution", dict(img_resolution=256)), ("sr_kwargs", dict(sr_kwargs=dict(w_dim=3))), ("backbone_noise_mode", dict(backbone_noise_mode="none"))])
+                                         ("ray_start", dict(rendering_kwargs=dict(ray_start="auto"))), ("img_resolution", dict(img_resolution=256)), ("sr_kwargs", dict(sr_kwargs=dict(w_dim=3))), ("backbone_noise_mode.*no other noise", dict(backbone_noise_mode="loud")),
+                                         ("superresolution_noise_mode.*no other noise", dict(rendering_kwargs=dict(superresolution_noise_mode="loud"))), ("cam_dim.*2 or 3", dict(mapping_kwargs=dict(cam_dim=4)))])
 def test_what_cannot_be_honoured_is_refused_by_name(text, change):
     o = copy.deepcopy(SMALL)
     for k, v in change.items(): o[k] = o[k] | v if isinstance(v, dict) and isinstance(o.get(k), dict) else v
@@ -472,6 +521,35 @@ def test_kept_noise_is_part_of_the_picture():
     pose = G.pose(ws[:, 0])
     with torch.no_grad(): a, b = G.view(ws, pose), loud.view(ws, pose)
     assert torch.equal(a.rgb_raw, b.rgb_raw) and (a.rgb - b.rgb).abs().max() > .05
+
+def test_noise_modes():
+    s = official_state(SMALL)
+    G, still = import_official(s, SMALL), import_official(s, SMALL | dict(backbone_noise_mode="none"))
+    ws = G.expand_ws(G.mapping(G.draw(1)))
+    assert torch.equal(still.synthesis(ws), G.synthesis(ws, noise=False)) and not torch.equal(still.synthesis(ws), G.synthesis(ws))
+    with pytest.warns(UserWarning, match="the stored noise is used"): drawn = import_official(s, SMALL | dict(backbone_noise_mode="random"))
+    assert torch.equal(drawn.synthesis(ws), G.synthesis(ws)) and "backbone_noise_mode" in drawn.source["notes"][0]
+    with pytest.warns(UserWarning, match="superresolution_noise_mode"): assert official_config(SMALL | dict(rendering_kwargs=SMALL["rendering_kwargs"] | dict(superresolution_noise_mode="random"))).superres_noise
+
+def test_pose_means_and_limits():
+    s = official_state(SMALL)
+    render = lambda **k: import_official(s, SMALL | dict(rendering_kwargs=SMALL["rendering_kwargs"] | k))
+    G = render()
+    w = G.mapping(G.draw(64))
+    angles = lambda G: look_at_angles(G.pose_learner.out(G.pose_learner.hidden(w)), G.config)
+    free = angles(G)
+    assert free[:, 0].std() > .01 and free[:, 1].std() > .01
+    assert torch.allclose(angles(render(h_mean=math.pi)) - free, torch.tensor([math.pi / 2, 0.]).expand(64, 2), atol=1e-5)
+    low, high = free.quantile(.3, 0), free.quantile(.7, 0)
+    both = angles(render(clamp_h=(float(low[0]), float(high[0])), clamp_v=(float(low[1]), float(high[1]))))
+    assert torch.allclose(both, free.clamp(low, high), atol=1e-6) and not torch.allclose(both, free, atol=1e-3)
+    assert render(clamp_v=(-9., 9.)).config.pose_clamp[1] == (1e-5, math.pi - 1e-5)                       # clamp_v always stays off the poles
+
+def test_the_4x_module_never_shrinks():
+    "Public super-resolution at more rays than its input size: 4x keeps them, the others resize"
+    x = torch.rand(1, 6, 136, 136, generator=torch.Generator().manual_seed(0))
+    for kind, size in (("4x", 272), ("8x", 512), ("2x", 128)):
+        with torch.no_grad(): assert SuperResolution(kind, 6, 4)(x[:, :3], x, torch.ones(1, 4)).shape[-1] == size
 
 def test_clamps_cut_where_they_say():
     conv = lambda gain: ModConv(4, 4, 4, clamp=256., clamp_gain=gain).requires_grad_(False)
