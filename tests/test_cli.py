@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from posefree_kit.core import InputError, load_image, save_json, sha256
 from posefree_kit.discriminator import Discriminator, DiscriminatorConfig
 from posefree_kit.generator import GeneratorConfig
 from posefree_kit.pose import PoseFreeGenerator
-from posefree_kit.portraits import portrait
+from posefree_kit.portraits import portrait, portrait_batch
 from posefree_kit.training import watch_poses
 
 @pytest.fixture(scope="module")
@@ -183,6 +184,15 @@ def test_a_photograph_goes_through(home, photo, tmp_path):
     assert code == 0 and Image.open(tmp_path/"astronaut"/"aligned.png").size == (256, 256)
     known = cli.load_latent(tmp_path/"astronaut"/"latent.safetensors")[1]["aligned"]
     assert known["faces_found"] == 1 and abs(known["landmarks"][0][0] - 205) < 4
+
+def test_the_frame_follows_the_generator(home, capsys):
+    from posefree_kit.photos import ffhq_framing, similarity
+    ours = load_generator(home/"small.safetensors", "cpu")
+    faces = portrait_batch(torch.arange(16), 96).image
+    imported = types.SimpleNamespace(source=dict(format="PoF3D, official"), sample=lambda n, seed, psi: (None, types.SimpleNamespace(rgb=faces[seed:seed + 1])))
+    assert cli.framing_for(ours, "auto") is similarity and cli.framing_for(imported, "portraits") is similarity and cli.framing_for(ours, "ffhq") is ffhq_framing
+    framing = cli.framing_for(imported, "auto")
+    assert framing not in (similarity, ffhq_framing) and "of 16 of the generator's own pictures" in capsys.readouterr().err
 
 def test_no_face_and_two_faces(home, photo, tmp_path):
     Image.new("RGB", (200, 120), "grey").save(tmp_path/"wall.png")
