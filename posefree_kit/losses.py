@@ -71,7 +71,7 @@ def multiview(
     pose:Pose, # (B,) where the reference was rendered
     offsets:Pose, # (K,) delta-theta, radians
     psi, # perceptual features: (B, 3, H, W) -> list of (B, C, h, w)
-    grad_depth:bool=False, # let gradients reach the depth too (default: appearance only)
+    grad_depth:bool=False, # let gradients through the depths of the warp too (default: through the rendered colours only)
     target:Tensor|None=None, # (B, 3, H, W): compare with the input photo instead of the reconstruction
     size:int|None=None, # pixels a side of the volume rendering
 ) -> Tensor: # (B,)
@@ -112,9 +112,12 @@ def geometry(
     return total
 
 # %% ../nbs/11_losses.ipynb #ab25a472
-def depth_std(depth:Tensor, weight:Tensor) -> Tensor: # (B, 1, H, W) each -> (B,)
-    "Spread of depth inside the object: near 0 means a flat plane (alarm)"
-    m = (weight > .5).float()
+def depth_std(
+    depth:Tensor, weight:Tensor, # (B, 1, H, W) each
+    mask:Tensor|None=None, # (B, 1, H, W): the head, where the background is solid too
+) -> Tensor: # (B,)
+    "Spread of depth inside the object: near 0 means a flat plane (alarm); without a mask, it means nothing before a solid background"
+    m = ((weight > .5) if mask is None else (weight > .5) & (mask > .5)).float()
     n = m.sum((1, 2, 3)).clamp(min=1)
     mean = (depth * m).sum((1, 2, 3)) / n
     return (((depth - mean[:, None, None, None]) * m).square().sum((1, 2, 3)) / n).sqrt()
@@ -125,7 +128,7 @@ def w_prior(w:Tensor, w_avg:Tensor) -> Tensor: # (B, w_dim), (w_dim,) -> (B,)
     return (w - w_avg).norm(dim=-1)
 
 def delta_prior(deltas:Tensor) -> Tensor: # (B, num_ws, w_dim) -> (B,)
-    "Squared size of the per-layer deltas (e4e's form, ours here)"
+    "Squared size of the per-layer deltas (after e4e, Tov et al. 2021, which sums the norms themselves)"
     return deltas.square().sum((1, 2))
 
 def total(

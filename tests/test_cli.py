@@ -1,4 +1,5 @@
 "The command line: every file of an inversion, and every way in which a call can be wrong, by its one-line error and exit code."
+import functools
 import json
 import os
 import shutil
@@ -151,7 +152,7 @@ def test_one_name_twice_is_told(home, tmp_path):
 
 @pytest.mark.parametrize("args, text", [
     (("--steps", 0), "expected at least 1 step, got 0"), (("--steps", -3), "at least 1 step"), (("--preset", "slow"), "expected a preset among quick, paper; got 'slow'"),
-    (("--space", "z"), "got 'z'"), (("--generator", "nobody"), "expected a generator"), (("--device", "cuda:7"), "expected a device"), (("--device", "toaster"), "expected a device"),
+    (("--space", "z"), "got 'z'"), (("--method", "guess"), "expected a method among latent, pose_opt, pti, spi, encoder, encoder+latent; got 'guess'"), (("--encoder", "x.safetensors"), "got it with latent"), (("--generator", "nobody"), "expected a generator"), (("--device", "cuda:7"), "expected a device"), (("--device", "toaster"), "expected a device"),
     (("--perceptual", "nothing"), "nothing"), (("--identity", "nothing"), "nothing"), (("--background", "blue", "--align"), "keep or plain"), (("--resume", "--overwrite"), "got both")], ids=lambda v: " ".join(map(str, v)) if isinstance(v, tuple) else "")
 def test_wrong_options_stop_the_call(home, tmp_path, args, text):
     error(posefree("invert", home/"a.png", "--out", tmp_path/"o", *(() if "--generator" in args else ("--generator", home/"small.safetensors")), "--no-progress", *args), text)
@@ -214,6 +215,32 @@ def test_render(home, tmp_path):
     error(render(tmp_path/"none.safetensors", "--out", tmp_path/"v.png"), "no such file")
     error(render(home/"small.safetensors", "--out", tmp_path/"v.png"), "expected a file of format")
     (tmp_path/"cut.safetensors").write_bytes(latent.read_bytes()[:300]); error(render(tmp_path/"cut.safetensors", "--out", tmp_path/"v.png"), "expected a whole latent")
+
+def test_another_method_leaves_the_same_files_and_the_generator_that_it_tuned(home, tmp_path, monkeypatch):
+    from posefree_kit import baselines
+    monkeypatch.setitem(baselines.METHODS, "pti", functools.partial(baselines.pti, tuning=baselines.Tuning(stop=0.)))
+    assert invert(home, home/"a.png", out=tmp_path, extra=(*LIGHT, "--method", "pti"))[0] == 0
+    report, (t, meta) = json.loads((tmp_path/"a"/"report.json").read_text()), cli.load_latent(tmp_path/"a"/"latent.safetensors")
+    assert report["method"] == meta["method"] == "pti" and report["generator"]["tuned"] and (tmp_path/"a"/"tuned.safetensors").exists() and report["steps"] == 2
+    assert posefree("render", tmp_path/"a"/"latent.safetensors", "--out", tmp_path/"v.png", "--size", 16, "--device", "cpu")[0] == 0
+    assert (load_image(tmp_path/"v.png") - load_image(tmp_path/"a"/"reconstruction.png")).abs().max() < .02
+    error(posefree("render", tmp_path/"a"/"latent.safetensors", "--out", tmp_path/"v.png", "--generator", home/"small.safetensors"), "expected the generator that the latent was made with (tuned.safetensors")
+    error(invert(home, home/"a.png", out=tmp_path, extra=(*LIGHT, "--resume")), "some made with method pti")
+    assert invert(home, home/"a.png", out=tmp_path, extra=(*LIGHT, "--overwrite"))[0] == 0 and not (tmp_path/"a"/"tuned.safetensors").exists()
+    error(invert(home, home/"a.png", out=tmp_path/"e", extra=("--method", "encoder")), "expected a latent encoder for the generator 'small'", "train-encoder")
+
+def test_train_encoder(home, tmp_path):
+    train = lambda *a: posefree("train-encoder", "--out", tmp_path/"e.safetensors", "--generator", home/"small.safetensors", "--device", "cpu", "--no-progress", *a)
+    code, said, err = train("--steps", 1, "--portraits", 64)
+    assert code == 0 and "1 steps" in said, err
+    card = json.loads((tmp_path/"e.json").read_text())
+    assert card["generator"]["sha256"] == sha256(home/"small.safetensors") and card["bytes"] < 8e6 and str(tmp_path) not in json.dumps(card)
+    assert invert(home, home/"a.png", out=tmp_path/"o", extra=(*LIGHT, "--method", "encoder", "--encoder", tmp_path/"e.safetensors"))[0] == 0
+    report = json.loads((tmp_path/"o"/"a"/"report.json").read_text())
+    assert (report["method"], report["steps"], report["stages"]) == ("encoder", 0, [])
+    error(train("--steps", 1), "--overwrite replaces it")
+    error(train(), "expected a budget above 0", "none"); error(train("--minutes", -1), "--minutes -1")
+    error(train("--steps", 1, "--overwrite", "--start", tmp_path/"nothing.safetensors"), "with its card")
 
 def test_a_latent_goes_with_its_generator(home, tmp_path):
     invert(home, home/"a.png", out=tmp_path, extra=LIGHT)

@@ -118,6 +118,14 @@ def test_geometry_is_scale_free_and_zero_when_flat():
     assert torch.isclose(losses.geometry(d, m, 0, 1, 0.)[0], (d[0].diff(dim=-1).abs().mean() + d[0].diff(dim=-2).abs().mean()), atol=1e-6)
 
 
+def test_depth_std_sees_a_flat_face_before_a_wall_only_with_a_mask():
+    head = torch.zeros(2, 1, 8, 8); head[..., 2:6, 2:6] = 1
+    depth, solid = 3. - head, torch.ones(2, 1, 8, 8)
+    assert losses.depth_std(depth, solid).min() > .4 and losses.depth_std(depth, solid, head).max() == losses.depth_std(depth, head).max() == 0
+    rough = depth + torch.rand(2, 1, 8, 8)
+    assert torch.equal(losses.depth_std(rough, head), losses.depth_std(rough, solid, head)) and losses.depth_std(rough, head).min() > .1
+
+
 def test_checkpoint_round_trip_and_damage(G, tmp_path):
     f = save_checkpoint(tmp_path / "g", G, G.reader, dict(note="x"))
     H = load_generator(f, "cpu")

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from posefree_kit.camera import Pose
 from posefree_kit.core import InputError
-from posefree_kit.photos import BEHIND, EYE_DISTANCE, EYES_TO_MOUTH, LIFT, align_face, cut_out, ffhq_framing, find_faces, measured_framing, outline, plain_background, rotation, similarity
+from posefree_kit.photos import BEHIND, EYE_DISTANCE, EYES_TO_MOUTH, LIFT, TURNED, align_face, cut_out, eye_spread, ffhq_framing, find_faces, measured_framing, outline, plain_background, rotation, similarity
 from posefree_kit.portraits import portrait_batch
 
 MIDDLE = torch.tensor([255.5, 255.5])
@@ -42,6 +42,15 @@ def test_portraits_are_framed_already():
     for x in made.image:
         centre, side, roll = similarity((find_faces(x[None])[0].landmarks + .5) / 96)
         assert (centre - .5).abs().max() < .08 and abs(side - 1) < .12 and abs(math.degrees(roll)) < 7
+
+def test_a_strongly_turned_face_is_told(astronaut):
+    assert not align_face(astronaut, 64).warnings and eye_spread(find_faces(astronaut)[0].landmarks) > TURNED
+    for yaw, told in ((0., 0), (30., 0), (60., 2)):
+        faces = [align_face(x[None], 96) for x in portrait_batch(range(220, 223), 96, Pose.deg(yaw)).image if find_faces(x[None])]
+        found = sum(any("strongly turned" in w for w in f.warnings) for f in faces)
+        assert len(faces) >= 2 and (found >= told if told else found == 0)
+    points = torch.tensor([[0., 0.], [3., 0.], [1.5, 2.], [.5, 4.], [2.5, 4.]])
+    assert eye_spread(points) == pytest.approx(.75) and eye_spread(points * 7 @ rotation(.5).T) == pytest.approx(.75)
 
 def test_small_pictures_work():
     assert len(find_faces(portrait_batch([7], 48, Pose.deg(0.)).image)) == 1
