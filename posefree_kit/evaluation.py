@@ -227,6 +227,7 @@ class PortraitSet:
 
 _yaw = lambda p: torch.rad2deg(p["yaw"]).abs()
 SETS = {
+    "portraits": PortraitSet(HELD_OUT, "whoever comes", lambda p, s: torch.ones_like(_yaw(p), dtype=torch.bool)),
     "portraits-easy": PortraitSet(HELD_OUT + 100_000, "|yaw| under 20 deg", lambda p, s: _yaw(p) < 20),
     "portraits-extreme": PortraitSet(HELD_OUT + 200_000, "|yaw| 30 to 60 deg", lambda p, s: (_yaw(p) >= 30) & (_yaw(p) <= 60)),
     "portraits-asymmetric": PortraitSet(HELD_OUT + 300_000, "a mole, scar or birthmark, and hair parted or hanging to one side", lambda p, s: ~_is(s, "mark", "none") & _is(s, "hair", "parted", "swept", "sidelong")),
