@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'LATENT', 'TUNED', 'FILES', 'METRICS', 'FIELDS', 'SPLIT', 'say', 'command', 'save_latent', 'load_latent',
-           'finite', 'full_report', 'complete', 'Job', 'writable', 'lpips_alex', 'inversion_config', 'read_square',
-           'claim', 'skip', 'optimise', 'write_results', 'one_image', 'Outcome', 'invert', 'render',
+           'finite', 'full_report', 'complete', 'Job', 'writable', 'lpips_alex', 'inversion_config', 'framing_for',
+           'read_square', 'claim', 'skip', 'optimise', 'write_results', 'one_image', 'Outcome', 'invert', 'render',
            'latent_and_generator', 'portraits', 'names', 'evaluate', 'architecture', 'train', 'grown',
            'training_images', 'train_encoder', 'import_official', 'Diagnosis', 'doctor']
 
@@ -76,11 +76,12 @@ def full_report(name:str, image, inversion, judge=None, lpips=None) -> dict: # i
     "Everything that report.json holds"
     from posefree_kit.core import resize
     from posefree_kit.evaluation import Judges, image_metrics
+    from posefree_kit.features import backends
     from posefree_kit.losses import depth_std
     view = inversion.view
     measured = {k: v[0] for k, v in image_metrics(view.rgb, resize(image.to(view.rgb), view.rgb.shape[-1]), Judges(judge, None, lpips)).items()}
     measured |= dict(depth_std=round(float(depth_std(view.depth, view.weight)[0]), 5))
-    report = dict(inversion.report, image=name, pose=inversion.report["pose"][0], metrics={k: measured.get(k) for k in METRICS})
+    report = dict(inversion.report, image=name, pose=inversion.report["pose"][0], backends=inversion.report["backends"] | backends(judge=judge, lpips=lpips), metrics={k: measured.get(k) for k in METRICS})
     return finite({k: report[k] for k in FIELDS})
 
 def complete(path) -> Optional[dict]: # the report, or None
@@ -109,6 +110,7 @@ class Job:
     mesh:bool = True
     video:bool = True
     progress:bool = True
+    framing:object = None # how crops are framed; None: as our camera sees heads
     taken:dict = field(default_factory=dict) # result folder -> the image that it belongs to
 
 def writable(out) -> Path:
@@ -136,14 +138,27 @@ def inversion_config(domain:str, preset:str, space:str, seed:int, steps:Optional
     config = PRESETS[preset](space=space, seed=seed, perceptual=perceptual or default_perceptual(domain), identity=identity or default_identity(domain))
     return config if steps is None else with_steps(config, steps)
 
+def framing_for(G, name:str): # name: auto, portraits or ffhq -> landmarks to centre, side, roll
+    "How photographs are cut out for a generator. auto: ours as our camera sees heads, an imported one as FFHQ's crops, corrected by what its own pictures show"
+    import torch
+    from posefree_kit.core import InputError
+    from posefree_kit.photos import ffhq_framing, measured_framing, similarity
+    if name not in ("auto", "portraits", "ffhq"): raise InputError(f"expected a framing among auto, portraits, ffhq; got {name!r}")
+    if name == "portraits" or name == "auto" and G.source is None: return similarity
+    if name == "ffhq": return ffhq_framing
+    try: framing, shift, factor, count = measured_framing(torch.cat([G.sample(1, i, psi=.7)[1].rgb.clamp(-1, 1).cpu() for i in range(16)])) # one by one: the public models are large
+    except InputError as e: say(f"note: the generator's own pictures say nothing of its frame ({e}); FFHQ's is used", err=True); return ffhq_framing
+    say(f"note: framed as {count} of 16 of the generator's own pictures: {factor:.2f} times FFHQ's width, shifted by {shift[0]:+.2f}, {shift[1]:+.2f} of it", err=True)
+    return framing
+
 def read_square(path, job:Job): # -> image (1, 3, S, S), what is known of the alignment
     "The image as the generator's camera would have seen it"
     from posefree_kit.core import InputError, load_image
     image = load_image(path)
     h, w = image.shape[-2:]
     if job.align:
-        from posefree_kit.photos import align_face
-        a = align_face(image, max(256, job.generator.resolution), background=job.background)
+        from posefree_kit.photos import align_face, similarity
+        a = align_face(image, max(256, job.generator.resolution), background=job.background, framing=job.framing or similarity)
         for text in a.warnings: say(f"note: {path}: {text}", err=True)
         return a.image, dict(box=a.box, landmarks=a.landmarks.tolist(), roll_deg=a.roll_deg, faces_found=a.faces_found)
     if h != w: raise InputError(f"expected a square image (or --align, which finds and cuts out the face), got {w} x {h} pixels")
@@ -247,6 +262,7 @@ def invert(
     identity:Annotated[Optional[str], typer.Option(help="Identity network: portrait, facenet, clip [default: by the generator's domain].", show_default=False)]=None,
     align:Annotated[bool, typer.Option("--align", help="For photographs: find the face, level it and cut it out.")]=False,
     background:Annotated[str, typer.Option(help="With --align: keep, or plain (one colour around head and shoulders).")]="keep",
+    framing:Annotated[str, typer.Option(help="With --align: portraits (our camera's frame), ffhq (the frame of FFHQ's crops), or auto: by the generator.")]="auto",
     resume:Annotated[bool, typer.Option("--resume", help="Skip images whose report.json is complete.")]=False,
     overwrite:Annotated[bool, typer.Option("--overwrite", help="Replace results that are there.")]=False,
     mesh:Annotated[bool, typer.Option(help="Write mesh.glb.")]=True,
@@ -271,7 +287,8 @@ def invert(
     config = inversion_config(G.config.domain, preset, space, seed, steps, perceptual, identity)
     net = load_latent_encoder(G, encoder) if method.startswith("encoder") else None
     judge = load_identity("portrait-eval", device=where) if G.config.domain == "faces" else None
-    job = Job(G, config, load_perceptual(config.perceptual, device=where), load_identity(config.identity, device=where), judge, lpips_alex(where), writable(out), method, net, align, background, resume, overwrite, mesh, video, progress)
+    cut = framing_for(G, framing) if align else None
+    job = Job(G, config, load_perceptual(config.perceptual, device=where), load_identity(config.identity, device=where), judge, lpips_alex(where), writable(out), method, net, align, background, resume, overwrite, mesh, video, progress, cut)
     outcome = Outcome([], {})
     for path in images:
         try: outcome.reports.append(one_image(Path(path), job))
@@ -516,6 +533,7 @@ def import_official(
         warnings.simplefilter("always")
         G = checkpoints.import_official(file, config)
     for text in G.source["notes"]: say(f"note: {text}", err=True)
+    for key, kind in G.source.get("left_in_the_snapshot", {}).items(): say(f"note: {key} ({kind}) stays in the snapshot: start searches do without its pose guess (chapter 09)", err=True)
     path = checkpoints.save_checkpoint(out, G)
     say(f"{path}: {G.resolution} pixels, rays at {G.render_resolution}; source SHA-256 {G.sha256[:12] or 'unknown'}")
     return G
@@ -538,10 +556,15 @@ def doctor() -> Diagnosis:
         try: found.append((name, version(name), "ok"))
         except PackageNotFoundError: found.append((name, "not installed: pip install posefree_kit", "broken"))
     gpus = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
-    found.append(("device", f"cuda: {gpus}" if gpus else f"cpu, {torch.get_num_threads()} threads of {os.cpu_count()} cores", "ok"))
+    found += [("device", f"cuda: {gpus}" if gpus else f"cpu, {torch.get_num_threads()} threads of {os.cpu_count()} cores", "ok"), _try("compiled march", _compiled, "missing")]
     d = Diagnosis(found + _assets() + _networks())
     for what, how, state in d.lines: say(f"{state:8s} {what:24s} {how}")
     return d
+
+def _compiled() -> str: # built here and now, which takes a few seconds the first time
+    from posefree_kit.generator import march_library
+    march_library()
+    return f"for --compiled on a CPU: built with {os.environ.get('CXX', 'c++')}"
 
 def _assets() -> list: # what ships: loaded, which checks the hash
     from posefree_kit.checkpoints import load_generator, shipped

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from .camera import Pose, project, turn, unproject
-from .core import InputError, check_shape
+from .core import InputError, check_shape, resize
 
 # %% ../nbs/11_losses.ipynb #d34644f4
 def rec(
@@ -79,12 +79,12 @@ def multiview(
     n, b = len(offsets), len(pose)
     here = pose.map(lambda x: x.repeat_interleave(n))
     near = turn(here, *(o.to(pose.yaw).repeat(b) for o in (offsets.yaw, offsets.pitch)))
-    novel = generator.render(planes, near, size=size)
+    novel, side = generator.render(planes, near, size=size), view.rgb.shape[-1] # compared at the reference's size, which a stage may have reduced
     rep = lambda x: x.repeat_interleave(n, 0)
-    fit = lambda x: x if x.shape[-1] == novel.rgb.shape[-1] else F.interpolate(x, novel.rgb.shape[-2:], mode="bilinear", align_corners=False)
+    fit = lambda x: x if x.shape[-1] == side else F.interpolate(x, (side, side), mode="bilinear", align_corners=False)
     keep = (lambda x: x) if grad_depth else torch.Tensor.detach
     hold = lambda cam: tuple(keep(x) for x in cam)
-    warped, visible = warp_to_reference(novel.rgb, keep(fit(novel.depth)), keep(rep(fit(view.depth))), rep(fit(view.weight)).detach(), hold(generator.camera(here)), hold(generator.camera(near)))
+    warped, visible = warp_to_reference(resize(novel.rgb, side), keep(fit(novel.depth)), keep(rep(fit(view.depth))), rep(fit(view.weight)).detach(), hold(generator.camera(here)), hold(generator.camera(near)))
     visible = visible.detach()
     reference = rep((view.rgb if target is None else target).detach())
     area = visible.mean((1, 2, 3)).clamp(min=.05)

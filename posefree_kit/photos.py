@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['EYE_DISTANCE', 'EYES_TO_MOUTH', 'BEHIND', 'LIFT', 'TURNED', 'CHOICES', 'Face', 'detector', 'find_faces', 'similarity',
-           'rotation', 'cut_out', 'outline', 'plain_background', 'eye_spread', 'Aligned', 'align_face']
+           'rotation', 'ffhq_framing', 'measured_framing', 'cut_out', 'outline', 'plain_background', 'eye_spread',
+           'Aligned', 'align_face']
 
 # %% ../nbs/13_photos.ipynb #cae84f6a
 import functools, math
@@ -69,6 +70,34 @@ def rotation(angle:float) -> Tensor: # (2, 2)
     "Rotation by an angle in radians, clockwise as seen (y points down)"
     return torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
 
+# %% ../nbs/13_photos.ipynb #ba461651
+def ffhq_framing(
+    landmarks:Tensor, # (5, 2) pixels
+) -> tuple: # as `similarity`: centre (2,) pixels, side in pixels, roll in radians
+    "How FFHQ's crops were made (Karras et al. 2018, Appendix C)"
+    eyes, across = landmarks[:2].mean(0), landmarks[1] - landmarks[0]
+    down = landmarks[3:].mean(0) - eyes
+    level = across + torch.stack([down[1], -down[0]])
+    return eyes + .1 * down, max(4. * float(across.norm()), 3.6 * float(down.norm())), math.atan2(level[1], level[0])
+
+# %% ../nbs/13_photos.ipynb #d0b03850
+@torch.no_grad()
+def measured_framing(
+    pictures:Tensor, # (N, 3, S, S) in [-1, 1], drawn by the generator
+    base=ffhq_framing, # a framing to correct
+    device="cpu", # of the detector
+) -> tuple: # framing, its shift (2,) and factor, how many faces were found
+    "A framing that would have cut out a generator's pictures as they are; fewer than 4 faces found is an `InputError`"
+    found = [f[0].landmarks for x in pictures if (f := find_faces(x[None], device=device))]
+    if len(found) < 4: raise InputError(f"measured_framing: expected pictures with faces, 4 at least, got {len(found)} in {len(pictures)} pictures")
+    fits = [base((p + .5) / pictures.shape[-1]) for p in found]
+    factor = 1 / float(torch.tensor([s for _, s, _ in fits]).median())
+    shift = torch.stack([rotation(-r) @ (.5 - c) / s for c, s, r in fits]).median(0).values
+    def framing(landmarks):
+        centre, side, roll = base(landmarks)
+        return centre + side * rotation(roll).to(centre) @ shift.to(centre), side * factor, roll
+    return framing, shift, factor, len(found)
+
 # %% ../nbs/13_photos.ipynb #9245267d
 def cut_out(
     image:Tensor, # (1, 3, H, W) in [-1, 1]
@@ -124,7 +153,7 @@ def eye_spread(
 # %% ../nbs/13_photos.ipynb #9beacce4
 @dataclass(frozen=True)
 class Aligned:
-    "A face as our camera would have framed it, and where it came from"
+    "A face as the generator's camera would have framed it, and where it came from"
     image:Tensor # (1, 3, S, S) in [-1, 1]
     box:tuple # the detected face in the photograph: left, top, right, bottom, pixels
     landmarks:Tensor # (5, 2) in the photograph, pixels
@@ -147,6 +176,7 @@ def align_face(
     which:str="largest", # of several faces: "largest", "surest", "leftmost", "rightmost"
     background:str="keep", # or "plain": one colour outside head and shoulders
     device="cpu", # of the detector
+    framing=similarity, # landmarks -> centre, side, roll: our camera's, `ffhq_framing`, or a `measured_framing`
 ) -> Aligned:
     "Find a face, stand it upright, cut it out; no face is an `InputError`, several are told"
     if which not in CHOICES: raise InputError(f"align_face: expected which among {', '.join(CHOICES)}; got {which!r}")
@@ -155,7 +185,7 @@ def align_face(
     if not faces: raise InputError(f"expected a picture with a face, found none in {image.shape[-1]} x {image.shape[-2]} pixels (a face that is small, hidden or in profile can be missed)")
     face = min(faces, key=CHOICES[which])
     points = _look_again(image, face.landmarks, device)
-    centre, side, roll = similarity(points)
+    centre, side, roll = framing(points)
     crop, outside = cut_out(image, centre, side, roll, size)
     corners = torch.tensor([[-.5, -.5], [.5, -.5], [.5, .5], [-.5, .5]]) * side @ rotation(roll).T + centre
     said = [f"{len(faces)} faces found, took the {which} one at {tuple(round(v) for v in face.box)}"] if len(faces) > 1 else []

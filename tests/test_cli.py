@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,6 @@ import skimage.data
 import torch
 import trimesh
 from PIL import Image
-from safetensors import safe_open
 from typer.testing import CliRunner
 
 from posefree_kit import cli, optimiser
@@ -22,7 +22,8 @@ from posefree_kit.core import InputError, load_image, save_json, sha256
 from posefree_kit.discriminator import Discriminator, DiscriminatorConfig
 from posefree_kit.generator import GeneratorConfig
 from posefree_kit.pose import PoseFreeGenerator
-from posefree_kit.portraits import portrait
+from posefree_kit.portraits import portrait, portrait_batch
+from posefree_kit.training import watch_poses
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
@@ -71,7 +72,7 @@ def test_the_report_has_the_fields_that_were_promised(home, tmp_path):
     invert(home, home/"a.png", out=tmp_path, extra=LIGHT)
     report = json.loads((tmp_path/"a"/"report.json").read_text())
     assert list(report) == "image generator method space preset seed device seconds steps pose backends metrics stages".split()
-    assert set(report["generator"]) == {"name", "sha256", "resolution"} and set(report["pose"]) == {"yaw_deg", "pitch_deg"} and set(report["backends"]) == {"perceptual", "identity"}
+    assert set(report["generator"]) == {"name", "sha256", "resolution"} and set(report["pose"]) == {"yaw_deg", "pitch_deg"} and set(report["backends"]) - {"lpips"} == {"perceptual", "identity", "judge"}
     assert set(report["metrics"]) == set("mse psnr lpips id ms_ssim ms_ssim_dist depth_std".split())
     assert report["steps"] == 2 and report["space"] == "w+" and report["preset"] == "quick" and report["generator"]["sha256"] == sha256(home/"small.safetensors")
     made = load_image(tmp_path/"a"/"reconstruction.png")
@@ -185,6 +186,15 @@ def test_a_photograph_goes_through(home, photo, tmp_path):
     known = cli.load_latent(tmp_path/"astronaut"/"latent.safetensors")[1]["aligned"]
     assert known["faces_found"] == 1 and abs(known["landmarks"][0][0] - 205) < 4
 
+def test_the_frame_follows_the_generator(home, capsys):
+    from posefree_kit.photos import ffhq_framing, similarity
+    ours = load_generator(home/"small.safetensors", "cpu")
+    faces = portrait_batch(torch.arange(16), 96).image
+    imported = types.SimpleNamespace(source=dict(format="PoF3D, official"), sample=lambda n, seed, psi: (None, types.SimpleNamespace(rgb=faces[seed:seed + 1])))
+    assert cli.framing_for(ours, "auto") is similarity and cli.framing_for(imported, "portraits") is similarity and cli.framing_for(ours, "ffhq") is ffhq_framing
+    framing = cli.framing_for(imported, "auto")
+    assert framing not in (similarity, ffhq_framing) and "of 16 of the generator's own pictures" in capsys.readouterr().err
+
 def test_no_face_and_two_faces(home, photo, tmp_path):
     Image.new("RGB", (200, 120), "grey").save(tmp_path/"wall.png")
     face = Image.open(photo)
@@ -269,8 +279,43 @@ def test_train_on_a_folder(home, tmp_path):
     card = json.loads((tmp_path/"r"/"generator.json").read_text())
     assert card["images"] == 3 and str(tmp_path) not in json.dumps(card)        # a card that is passed on names no folder
 
+def test_train_on_plain_portraits_first_compiled_and_watched(tmp_path, monkeypatch):
+    monkeypatch.setattr("posefree_kit.training.watch_poses", lambda size: watch_poses(size, n=8))
+    code, _, err = posefree("train", "--out", tmp_path/"r", "--kimg", .016, "--portraits", 8, "--plain", 8, "--size", 16, "--batch", 8, "--device", "cpu", "--no-progress", "--watch", *(("--compiled",) if COMPILER else ()))
+    assert code == 0, err
+    card = json.loads((tmp_path/"r"/"generator.json").read_text())
+    assert card["plain_images"] == 8 and card["images"] == 8 and load_generator(tmp_path/"r"/"generator.safetensors", "cpu").resolution == 16
+    log = [json.loads(line) for line in (tmp_path/"r"/"log.jsonl").read_text().splitlines()]
+    assert any({"yaw_r", "true_yaw_sd"} <= set(row) | set(row.get("watch", {})) for row in log), log[-1]   # what the onlooker saw
+
+COMPILER = shutil.which(os.environ.get("CXX", "c++"))
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler here")
+
+@needs_compiler
+def test_compiled_inversion_is_the_same_inversion(home, tmp_path):
+    torch.manual_seed(0)
+    G = PoseFreeGenerator(GeneratorConfig(channels=(16, 16, 16), render_resolution=16, samples=8)).start(0)
+    save_checkpoint(tmp_path/"g.safetensors", G, Discriminator(DiscriminatorConfig(channels=(16, 16, 16), group=1)))
+    for out, extra in (("plain", ()), ("fast", ("--compiled",))):
+        code, _, err = posefree("invert", home/"a.png", "--out", tmp_path/out, "--generator", tmp_path/"g.safetensors", "--device", "cpu", "--steps", 2, "--no-progress", *LIGHT, *extra)
+        assert code == 0, err
+    a, b = (load_image(tmp_path/out/"a"/"reconstruction.png") for out in ("plain", "fast"))
+    assert (a - b).abs().max() < .05                                            # rounding, grown by a few steps of Adam
+    error(posefree("invert", home/"a.png", "--out", tmp_path/"no", "--generator", home/"small.safetensors", "--device", "cpu", "--compiled"), "compiled march: expected")
+
+def test_without_a_compiler_it_is_told(home, tmp_path, monkeypatch):
+    from posefree_kit.generator import march_library
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    march_library.cache_clear()
+    try:
+        error(posefree("train", "--out", tmp_path/"r", "--kimg", .008, "--portraits", 8, "--size", 16, "--batch", 8, "--device", "cpu", "--no-progress", "--compiled"), "expected a C++ compiler (no-such-compiler")
+        what, how, state = cli._try("compiled march", cli._compiled, "missing")
+        assert state == "missing" and "no-such-compiler" in how
+    finally: march_library.cache_clear()
+
 def test_doctor_says_what_is_there():
     code, said, _ = posefree("doctor")
+    assert next(line for line in said.splitlines() if "compiled march" in line).startswith("ok" if COMPILER else "missing")
     assert "torch" in said and "MTCNN" in said and "generator portraits" in said and "encoder portrait-eval" in said
     assert code == (1 if "broken" in said else 0)
 
