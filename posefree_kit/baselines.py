@@ -88,7 +88,9 @@ def thaw(G:PoseFreeGenerator) -> PoseFreeGenerator:
 class TunedBatch:
     "Tuned generators, one an image, to be used as one: `planes` and `render` give image i to generator i"
     def __init__(self, members:list): self.members = members
-    def __getattr__(self, name): return getattr(self.__dict__["members"][0], name) # what all share: config, pose, sizes ...
+    def __getattr__(self, name): # what all share: config, pose, sizes ...
+        if name == "members" or name.startswith("__"): raise AttributeError(name)
+        return getattr(self.members[0], name)
     def __getitem__(self, i:int) -> PoseFreeGenerator: return self.members[i]
     def planes(self, ws:Tensor) -> Planes: # (B, num_ws, w_dim) or (B, w_dim), B as many as generators
         if len(ws) != len(self.members): raise InputError(f"TunedBatch: expected {len(self.members)} latents, one a generator, got {len(ws)}")
@@ -166,7 +168,7 @@ class Symmetry:
     "How the mirrored view counts (SPI's public values where not said otherwise)"
     frontal:float = .2 # radians of yaw up to which it does not count at all
     weight:float = .5 # at `frontal` + .2 radians and beyond (ours)
-    tolerance:float = .15 # a colour difference above this is a conflict, in [-1, 1] (ours)
+    tolerance:float = .25 # a colour difference above this is a conflict, in [-1, 1] (ours)
     offsets:tuple = ((.1, 0.), (-.1, .1), (.2, 0.), (-.2, -.1), (.1, -.1), (-.1, 0.), (.2, .1), (-.2, 0.)) # (yaw, pitch) of the pseudo views from the input's pose, radians
     def factor(self, pose:Pose) -> Tensor: # (B,) in [0, weight]
         return self.weight * ((pose.yaw.detach().abs() - self.frontal) / .2).clamp(0, 1)
@@ -182,7 +184,7 @@ def conflict(
     image:Tensor, # (B, 3, R, R) the photograph
     view:View, pose:Pose, # a rendering from the photograph's pose
     mirrored:View, # the same head from the mirrored pose
-    tolerance:float=.15, # colour difference in [-1, 1]
+    tolerance:float=.25, # colour difference in [-1, 1]
 ) -> Tensor: # (B, 1, h, h) of 0 and 1, seen from the mirrored pose
     "Where the mirrored photograph contradicts the photograph: places that both show, in different colours"
     small = resize(image, view.depth.shape[-1])
@@ -289,7 +291,7 @@ def fresh_encoder(G:PoseFreeGenerator, seed:int=0, start:LatentEncoder|None=None
     if start is not None and start.config != c: raise InputError(f"start: expected an encoder of the shape {c}, got {start.config}")
     with torch.random.fork_rng([]): torch.manual_seed(seed); net = LatentEncoder(c)
     if start is not None: net.load_state_dict(start.state_dict())
-    w = G.mapping(G.draw(4096, seed))
+    with torch.no_grad(): w = G.mapping(G.draw(4096, seed))
     net.mean.copy_(w.mean(0)); net.std.copy_(w.std(0))
     return net.to(w.device)
 

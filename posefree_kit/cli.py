@@ -76,11 +76,12 @@ def full_report(name:str, image, inversion, judge=None, lpips=None) -> dict: # i
     "Everything that report.json holds"
     from posefree_kit.core import resize
     from posefree_kit.evaluation import Judges, image_metrics
+    from posefree_kit.features import backends
     from posefree_kit.losses import depth_std
     view = inversion.view
     measured = {k: v[0] for k, v in image_metrics(view.rgb, resize(image.to(view.rgb), view.rgb.shape[-1]), Judges(judge, None, lpips)).items()}
     measured |= dict(depth_std=round(float(depth_std(view.depth, view.weight)[0]), 5))
-    report = dict(inversion.report, image=name, pose=inversion.report["pose"][0], metrics={k: measured.get(k) for k in METRICS})
+    report = dict(inversion.report, image=name, pose=inversion.report["pose"][0], backends=inversion.report["backends"] | backends(judge=judge, lpips=lpips), metrics={k: measured.get(k) for k in METRICS})
     return finite({k: report[k] for k in FIELDS})
 
 def complete(path) -> Optional[dict]: # the report, or None

@@ -519,7 +519,7 @@ def backends(
     **measuring, # networks behind the metrics, by role: judge= (identity), lpips=
 ) -> dict: # role -> "name (file sha256:its first 12 digits)", for report.json; a role that is None is left out
     "What is in use, and from which file"
-    return {role: f"{net.name} ({net.source})" for role, net in dict(perceptual=perceptual, identity=identity, **measuring).items() if net is not None}
+    return {role: f"{net.name} ({getattr(net, 'source', 'given by the caller')})" for role, net in dict(perceptual=perceptual, identity=identity, **measuring).items() if net is not None}
 
 # %% ../nbs/10_features.ipynb #f744b5b3
 @dataclass(frozen=True)

@@ -140,13 +140,12 @@ def test_symmetry_has_no_conflict_on_a_symmetric_frontal_portrait(face):
 
 
 def test_a_mark_on_one_side_is_a_conflict(face):
-    person = dict(light=(0., .3), hair="short", hat=None, glasses=None, mark=None, text=None)
-    share = []
-    for text in (None, "HI"):
-        p, q = (portrait(HELD_OUT + 4, 64, pose=Pose.deg(y), **person | dict(text=text)) for y in (14., -14.))
-        view, mirrored = (View(v.image, v.image, v.depth, v.mask.float()) for v in (p, q))
-        share.append(float(conflict(face, p.image, view, p.pose, mirrored).mean()))
-    assert share[1] > share[0] + .004
+    p, q = (portrait(HELD_OUT + 4, 64, pose=Pose.deg(y), light=(0., .3), hair="short", hat=None, glasses=None) for y in (14., -14.))
+    view, mirrored = (View(v.image, v.image, v.depth, v.mask.float()) for v in (p, q))
+    marked = p.image.clone(); marked[..., 36:42, 38:44] = -1                    # on one cheek, near the nose
+    plain, found = (conflict(face, x, view, p.pose, mirrored) for x in (p.image, marked))
+    new = (found - plain).clamp(min=0)
+    assert new.sum() > 36 and new[..., 30:48, :].sum() == new.sum()             # there and where its mirror image falls, and nowhere else
 
 
 def test_symmetry_pulls_an_asymmetric_face_from_the_truth(face):
@@ -181,7 +180,7 @@ def test_an_encoder_learns_what_is_known(G, pictures, tmp_path):
     net = train_latent_encoder(G, pictures, tmp_path/"e", steps=30, training=dataclasses.replace(QUICK, known=1., pool=8), callback=lambda s, parts: seen.append(parts), **frozen)
     assert sum(p["look"] + p["pose"] for p in seen[-5:]) < .7 * sum(p["look"] + p["pose"] for p in seen[:5])
     w, d = net(G.sample(3)[1].rgb)
-    assert w.shape == (3, 72) and d.shape == (3, G.num_ws, 72) and d[..., 64:].abs().max() == 0 and net.card["steps"] == 40 and not any(p.requires_grad for p in net.parameters())
+    assert w.shape == (3, 72) and d.shape == (3, G.num_ws, 72) and d[..., 64:].abs().max() == 0 and net.card["steps"] == 30 and not any(p.requires_grad for p in net.parameters())
 
 
 def test_an_interrupted_training_goes_on_exactly(G, pictures, tmp_path):
@@ -219,12 +218,11 @@ def test_the_encoder_is_a_start_for_the_optimiser(G):
     assert encoder_latent(x, G, dataclasses.replace(TINY, space="w"), net=net, **frozen).deltas.abs().max() == 0
 
 
-def test_the_shipped_encoder_is_small_and_knows_its_generator():
-    G = load_generator(device="cpu")
-    net = load_latent_encoder(G)
+def test_the_shipped_encoder_is_small_and_knows_its_generator(face):
+    net = load_latent_encoder(face)
     assert net.card["bytes"] < 8e6 and {"data", "steps", "minutes", "seed", "figures", "generator"} <= set(net.card)
-    w, v = G.sample(24, seed=1_000_003)
+    w, v = face.sample(12, seed=1_000_003)
     got, d = net(v.rgb)
-    lost, mean = psnr(G.view(got[:, None] + d, G.pose(got)).rgb, v.rgb).mean(), psnr(G.view(G.w_avg[None].expand(24, -1), G.pose(w)).rgb, v.rgb).mean()
+    lost, mean = (psnr(face.view(ws, at).rgb, v.rgb).mean() for ws, at in ((got[:, None] + d, face.pose(got)), (face.w_avg.expand(12, -1), face.pose(w))))
     assert lost > mean + 2                                                      # better than the mean face, seen from the true pose
-    assert (G.pose(got).yaw - G.pose(w).yaw).abs().mean() < .5 * G.pose(w).yaw.abs().mean()
+    assert (face.pose(got).yaw - face.pose(w).yaw).abs().mean() < .5 * face.pose(w).yaw.abs().mean()

@@ -72,7 +72,7 @@ def test_the_report_has_the_fields_that_were_promised(home, tmp_path):
     invert(home, home/"a.png", out=tmp_path, extra=LIGHT)
     report = json.loads((tmp_path/"a"/"report.json").read_text())
     assert list(report) == "image generator method space preset seed device seconds steps pose backends metrics stages".split()
-    assert set(report["generator"]) == {"name", "sha256", "resolution"} and set(report["pose"]) == {"yaw_deg", "pitch_deg"} and set(report["backends"]) == {"perceptual", "identity"}
+    assert set(report["generator"]) == {"name", "sha256", "resolution"} and set(report["pose"]) == {"yaw_deg", "pitch_deg"} and set(report["backends"]) - {"lpips"} == {"perceptual", "identity", "judge"}
     assert set(report["metrics"]) == set("mse psnr lpips id ms_ssim ms_ssim_dist depth_std".split())
     assert report["steps"] == 2 and report["space"] == "w+" and report["preset"] == "quick" and report["generator"]["sha256"] == sha256(home/"small.safetensors")
     made = load_image(tmp_path/"a"/"reconstruction.png")
