@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PLAIN', 'UnposedImages', 'd_loss', 'g_loss', 'r1_penalty', 'pose_loss', 'relit', 'blur', 'TrainConfig', 'has_bf16',
            'TrainState', 'new_state', 'make_state', 'Fakes', 'calibrate', 'd_step', 'g_step', 'density_loss',
-           'ema_step', 'train_step', 'save_state', 'load_state', 'sample_grid', 'fit', 'grow', 'correlation',
-           'pose_figures', 'watch_poses']
+           'wall_loss', 'symmetry_loss', 'ema_step', 'train_step', 'save_state', 'load_state', 'sample_grid', 'fit',
+           'grow', 'correlation', 'pose_figures', 'watch_poses']
 
 # %% ../nbs/08_training.ipynb #d67a11d1
 import copy, dataclasses, json, math, time
@@ -122,6 +122,8 @@ class TrainConfig:
     mean_pose_weight:float = 0.2 # pulls the mean generated pose to 0, in squared units of the starting spread; says nothing about the spread
     density_weight:float = 0.1 # smoothness of density at nearby points
     density_every:int = 4 # steps between them
+    symmetry_weight:float = 2. # heads seen from pose 0 are about as deep on their left as on their right, colours and hair free: keeps a yaw out of the planes
+    wall_weight:float = 1. # against solid backgrounds: opacity of rays that meet nothing until well behind the head's centre
     blur_px:float = 1. # blur of the discriminator's inputs at the start, pixels
     blur_kimg:float = 20. # thousands of images until the blur is gone
     fade_kimg:float = 0. # thousands of images until a grown layer is fully in
@@ -222,6 +224,12 @@ def g_step(s:TrainState, fakes:Fakes, real:Tensor, sigma:float, generator:torch.
     if s.step % c.density_every == 0:
         parts["density"] = density_loss(s.G, fakes.planes, generator)
         total = total + c.density_weight * parts["density"]
+    if c.wall_weight:
+        parts["wall"] = wall_loss(fakes.view, s.G.config.radius)
+        total = total + c.wall_weight * parts["wall"]
+    if c.symmetry_weight:
+        parts["symmetry"] = symmetry_loss(s.G, fakes.planes[:8], generator)
+        total = total + c.symmetry_weight * parts["symmetry"]
     s.opt_g.zero_grad(set_to_none=True); total.backward()
     if s.kimg < c.hold_kimg:
         for p in s.G.pose_learner.parameters(): p.grad = None
@@ -236,6 +244,17 @@ def density_loss(G, planes, generator:torch.Generator, points:int=500) -> Tensor
     x = torch.cat([x, x + .004 * c.box * torch.randn(b, points, 3, generator=generator)], 1).to(planes.w_last.device)
     sigma = F.softplus(G.field(planes, x)[0] - 1) * c.density_scale
     return (sigma[:, :points] - sigma[:, points:]).abs().mean()
+
+def wall_loss(view:View, radius:float, behind:float=.1) -> Tensor: # View of (B, ...) -> scalar >= 0
+    "Optical depth of rays that stop more than `behind` past the head's centre: a background painted on a solid wall turns with the head; it belongs to the background network (ours)"
+    return (-torch.log1p(-.999 * view.weight) * (view.depth > radius + behind)).mean()
+
+def symmetry_loss(G, planes, generator:torch.Generator, size:int=32, scale:float=.03) -> Tensor: # planes of (B, ...) -> scalar in [0, 1]
+    "How unlike depth from pose 0 is to its mirror image, where both halves are covered; differences far over `scale` (hair on one side) no longer count (ours)"
+    view = G.render(planes, Pose.deg([0.] * len(planes.w_last)), size=size, jitter=1., generator=generator)
+    both = (view.weight * view.weight.flip(-1)).detach()
+    off = (view.depth - view.depth.flip(-1)).square()
+    return (both * off / (off + scale ** 2)).sum() / both.sum().clamp(min=1)
 
 @torch.no_grad()
 def ema_step(s:TrainState, w:Tensor):
