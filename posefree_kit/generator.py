@@ -6,7 +6,7 @@
 __all__ = ['AXES', 'SUPERRESOLUTION', 'MARCH', 'FLAGS', 'sample_planes_plain', 'Table', 'plane_table', 'TwoPlanes', 'axis_reads',
            'plane_reads', 'corners', 'corner_slopes', 'read_rows', 'add_rows', 'bag_starts', 'row_dots', 'WeightedRows',
            'scene_rows', 'sample_planes', 'sample_table', 'GeneratorConfig', 'Planes', 'View', 'Decoder', 'ball_prior',
-           'Background', 'SuperResolution', 'FrozenField', 'MarchField', 'march_library', 'CompiledMarch',
+           'Background', 'SuperResolution', 'FrozenField', 'read_field', 'MarchField', 'march_library', 'CompiledMarch',
            'compiled_rays', 'Generator', 'camera_eg3d', 'rays_eg3d', 'render_eg3d', 'pof3d_config']
 
 # %% ../nbs/05_generator.ipynb #761775fb
@@ -319,6 +319,13 @@ class FrozenField(torch.autograd.Function):
         g_rows = add_rows(g_x, index, weight, len(rows)) if ctx.needs_input_grad[0] else None
         return g_rows, None if points is None else g_points.T.reshape(xyz.shape), *(None,) * 4
 
+def read_field(decoder:Decoder, config:GeneratorConfig, table:Table, xyz:Tensor) -> tuple: # xyz (B, M, 3) -> raw density (B, M), values (B, M, features)
+    "Density and colour at points of planes that are a table already; the fused way where no weight of the decoder needs a gradient"
+    if torch.is_grad_enabled() and any(p.requires_grad for p in decoder.parameters()): raw, values = decoder(sample_table(table, xyz, config.box))
+    else:
+        with torch.autocast(xyz.device.type, enabled=False): raw, values = FrozenField.apply(table.rows, xyz, table._replace(rows=None), config.box, decoder, 2 ** 14)
+    return (raw + ball_prior(xyz, config.ball, config.ball_radius) if config.ball else raw), values
+
 # %% ../nbs/05_generator.ipynb #3b5513e8
 MARCH = (Path(__file__).parent if "__file__" in globals() else Path("../posefree_kit")).resolve()/"assets"/"march.cpp"
 FLAGS = ("-O3", "-march=native", "-ffast-math", "-shared", "-fPIC")
@@ -431,15 +438,7 @@ class Generator(nn.Module):
 
     def field(self, planes:Planes, xyz:Tensor) -> tuple: # xyz (B, M, 3) -> raw density (B, M), values (B, M, features)
         "Density and colour at points in space"
-        return self.read(plane_table(planes.features, self.config.plane_axes), xyz)
-
-    def read(self, table:Table, xyz:Tensor) -> tuple: # as `field`
-        "`field` of planes that are a table already; quicker where the decoder's weights need no gradient"
-        c, plain = self.config, torch.is_grad_enabled() and any(p.requires_grad for p in self.decoder.parameters())
-        if plain: raw, values = self.decoder(sample_table(table, xyz, c.box))
-        else:
-            with torch.autocast(xyz.device.type, enabled=False): raw, values = FrozenField.apply(table.rows, xyz, table._replace(rows=None), c.box, self.decoder, 2 ** 14)
-        return (raw + ball_prior(xyz, c.ball, c.ball_radius) if c.ball else raw), values
+        return read_field(self.decoder, self.config, plane_table(planes.features, self.config.plane_axes), xyz)
 
     compiled = False # set by `compile_march`
 
@@ -458,7 +457,7 @@ class Generator(nn.Module):
         c, x = self.config, planes.features
         if not self.compiled or x.device.type != "cpu" or x.dtype != torch.float32:
             table = plane_table(x, c.plane_axes)
-            return render_rays(lambda xyz: self.read(table, xyz), origins, dirs, c.near, c.far, c.samples, c.fine_samples, softplus_density(c.density_scale), jitter, generator)
+            return render_rays(lambda xyz: read_field(self.decoder, c, table, xyz), origins, dirs, c.near, c.far, c.samples, c.fine_samples, softplus_density(c.density_scale), jitter, generator)
         return compiled_rays(x, origins, dirs, coarse_depths(c.near, c.far, c.samples, origins, jitter, generator), self.decoder, c)
 
     def render(self,
@@ -528,7 +527,7 @@ def render_eg3d(
     share = lambda x: x.reshape(b, -1, x.shape[-1])
     o, d = map(share, rays_eg3d(camera_eg3d(pose, c.radius, c.pivot), k, size))
     table = plane_table(planes.features, c.plane_axes)
-    out = render_rays_eg3d(lambda xyz: G.read(table, xyz), o, d, c.near, c.far, c.samples, c.fine_samples, c.background == "white", jitter, generator, None if noise is None else tuple(map(share, noise)))
+    out = render_rays_eg3d(lambda xyz: read_field(G.decoder, c, table, xyz), o, d, c.near, c.far, c.samples, c.fine_samples, c.background == "white", jitter, generator, None if noise is None else tuple(map(share, noise)))
     image = lambda x: x.reshape(len(pose), size * size, -1).mT.unflatten(-1, (size, size))
     features, depth, weight = map(image, out)
     features = features * 2 - 1

@@ -139,7 +139,8 @@ def counted(f, memory) -> tuple: # what it returns, GFLOP of convolutions and ma
     return out, flops.get_total_flops() / 1e9, memory.mb
 
 def compare(name:str, fast, slow, clock:Clock, device, repeats:int) -> dict:
-    "One row: both once for memory and operations (and to warm up), then in turns"
+    "One row: both for memory and operations (quick ones twice, since libraries keep something of each new size), then in turns"
+    if clock(fast) < 2: slow()
     (a, gflop, mb), (b, gflop_naive, mb_naive) = counted(fast, Memory(device)), counted(slow, Memory(device))
     error = difference(a, b)
     del a, b
