@@ -25,7 +25,7 @@ MAY_IMPORT = dict(
     core="", camera="core", portraits="camera", rendering="core camera", stylegan="core", generator="rendering stylegan", pose="generator",
     discriminator="stylegan camera", training="pose discriminator portraits", checkpoints="pose discriminator", features="core",
     losses="camera features pose", optimiser="losses checkpoints", photos="core features", baselines="optimiser",
-    evaluation="training portraits baselines optimiser", viewer="optimiser", scale="optimiser evaluation", cli="*")
+    evaluation="training portraits baselines optimiser", viewer="optimiser evaluation", scale="optimiser evaluation", cli="*")
 
 def allowed(module:str) -> set:
     "Everything a module may import, by way of others too"
