@@ -272,7 +272,7 @@ def test_the_cockpit_steers_by_its_widgets_and_degrades(small, face, tmp_path):
         assert c.sliders["geo"].value == pytest.approx(planned(SHORT, "geo", 9), abs=.01) and "geo" not in s.held         # the slider follows the schedule again, and is no hand
         c.buttons["save"].click(); c.saver.join(120); assert "saved" in c.status.value and (tmp_path/"out"/"report.json").exists() and not c.buttons["save"].disabled
         bundle = c._repr_mimebundle_()
-        assert "application/vnd.jupyter.widget-view+json" in bundle and Image.open(io.BytesIO(base64.b64decode(bundle["image/png"]))).size[0] > 800
+        assert "application/vnd.jupyter.widget-view+json" in bundle and Image.open(io.BytesIO(base64.b64decode(bundle["image/jpeg"]))).size[0] > 800
     finally: s.close()
 
 def test_the_display_keeps_to_its_share(small, face, monkeypatch):
