@@ -19,7 +19,7 @@ FOCAL = 4.2634 # focal length in image widths: EG3D's "fov 18.837 deg", 1 / (sqr
 
 @dataclass(frozen=True)
 class Pose:
-    "A viewpoint: two angles on the camera sphere"
+    "A viewpoint: two angles on the camera sphere, and a radius of its own where a generator has learned one"
     yaw:Tensor # (B,) radians, + turns the face to its own left
     pitch:Tensor # (B,) radians, + raises the camera
     radius:Tensor|None = None # (B,) distance of the camera, for the few imported generators that learn it; None: the generator's own
@@ -48,7 +48,7 @@ def turn(
     yaw=0., # radians to add, a number or (B,)
     pitch=0., # radians to add, a number or (B,)
 ) -> Pose:
-    "The pose seen after turning the face further: delta-theta of Eq. 4"
+    "The pose seen after turning the face further: the offset used for novel views (paper, Eq. 4; chapter 11)"
     return Pose(pose.yaw + yaw, pose.pitch + pitch, pose.radius)
 
 def mirror(pose:Pose) -> Pose:

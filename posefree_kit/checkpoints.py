@@ -186,20 +186,24 @@ def module_state(module, depth:int=0) -> dict: # official name -> tensor
 # %% ../nbs/09_checkpoints.ipynb #20221d8d
 DIRECT = {  # official option -> field of GeneratorConfig, the value as it is
     "z_dim": "z_dim", "w_dim": "w_dim", "mapping_kwargs.num_layers": "mapping_layers", "mapping_kwargs.lr_multiplier": "mapping_rate", "mapping_kwargs.lr_multiplier_pose": "pose_rate",
-    "rendering_kwargs.box_warp": "box", "rendering_kwargs.ray_start": "near", "rendering_kwargs.ray_end": "far", "rendering_kwargs.depth_resolution": "samples",
+    "rendering_kwargs.box_warp": "box", "rendering_kwargs.depth_resolution": "samples",
     "rendering_kwargs.depth_resolution_importance": "fine_samples", "rendering_kwargs.avg_camera_radius": "radius", "rendering_kwargs.avg_camera_pivot": "pivot",
     "rendering_kwargs.decoder_lr_mul": "decoder_rate", "rendering_kwargs.sr_antialias": "superres_antialias", "rendering_kwargs.fov_mean": "fov_mean", "conv_clamp": "backbone_clamp",
     "neural_rendering_resolution": "render_resolution", "focal": "focal", "domain": "domain"}
 DERIVED = { # official option -> what becomes of it
     "channel_base": "channels at resolution r = min(channel_base // r, channel_max), r = 4 .. 256", "channel_max": "channels",
-    "mapping_kwargs.cam_dim": "3: a third output of the pose learner, `pose_extra`", "mapping_kwargs.learn_fov": "pose_extra='fov' (learnt and read, but no published rendering uses it), else 'radius'",
+    "mapping_kwargs.cam_dim": "2, or 3: a third output of the pose learner, `pose_extra`", "mapping_kwargs.learn_fov": "pose_extra='fov' (learnt and read, but no published rendering uses it), else 'radius'",
     "rendering_kwargs.r_mean": "radius, where it is learnt", "rendering_kwargs.h_mean": "pose_mean = (h_mean, pi/2)", "rendering_kwargs.clamp_h": "pose_clamp", "rendering_kwargs.clamp_v": "pose_clamp, within 1e-5 of the poles",
     "rendering_kwargs.learn_fov": "pose_extra", "rendering_kwargs.white_back": "background='white', else 'none'", "rendering_kwargs.wrong": "plane_axes='eg3d', else 'xyz'; in a snapshot, renderer.plane_axes says it",
-    "rendering_kwargs.superresolution_module": "superresolution", "rendering_kwargs.superresolution_noise_mode": "superres_noise: 'none' no, else the stored noise", "sr_noise_mode": "the same",
-    "backbone_noise_mode": "noise: always the stored one; 'none' is `G.synthesis(ws, noise=False)`", "sr_num_fp16_res": "superres_clamp = 256 if above 0, else None", "num_fp16_res": "nothing here: we compute in float32",
+    "rendering_kwargs.superresolution_module": "superresolution", "rendering_kwargs.superresolution_noise_mode": "superres_noise: 'none' no, 'const' the stored noise; 'random' (drawn afresh) becomes the stored one, with a warning", "sr_noise_mode": "the same",
+    "backbone_noise_mode": "'const' (and where nothing is said) the stored noise; 'none' sets its strengths to 0, which is the same function; 'random' becomes the stored one, with a warning", "sr_num_fp16_res": "superres_clamp = 256 if above 0, else None", "num_fp16_res": "nothing here: we compute in float32",
+    "rendering_kwargs.ray_start": "near: a number; 'auto' is refused (what rays do that miss the box was not recorded)", "rendering_kwargs.ray_end": "far: the same",
     "img_resolution": "checked against the super-resolution", "rendering_kwargs.image_resolution": "the same", "bg_kwargs": "refused: a background NeRF", "sr_kwargs": "w_dim checked"}
-FIXED = {   # official option -> the one value that is understood
-    "img_channels": 3, "mapping_kwargs.linear_pose": False, "mapping_kwargs.uniform_sampling": False, "rendering_kwargs.disparity_space_sampling": False, "rendering_kwargs.clamp_mode": "softplus"}
+FIXED = {   # official option -> the values that are understood, and why no other
+    "img_channels": ((3,), "every published model draws colour"), "mapping_kwargs.cam_dim": ((2, 3), "the pose learner has two angles, and at most one number more"),
+    "mapping_kwargs.linear_pose": ((False,), "nothing recorded says which tensors a linear pose layer has"), "mapping_kwargs.uniform_sampling": ((False,), "nothing recorded says what it samples"),
+    "rendering_kwargs.disparity_space_sampling": ((False,), "no recorded ray was sampled so"), "rendering_kwargs.clamp_mode": (("softplus",), "the only way from raw density to density that was recorded"),
+    "rendering_kwargs.superresolution_noise_mode": (("none", "const", "random"), "there is no other noise"), "sr_noise_mode": (("none", "const", "random"), "there is no other noise"), "backbone_noise_mode": (("none", "const", "random"), "there is no other noise")}
 NO_EFFECT = set("""c_dim fused_modconv_default init_args description batch mode doc sampling gradient constructor mapping_kwargs rendering_kwargs class_name
     rendering_kwargs.c_gen_conditioning_zero rendering_kwargs.gpc_reg_prob rendering_kwargs.c_scale rendering_kwargs.density_reg rendering_kwargs.density_reg_p_dist rendering_kwargs.reg_type
     rendering_kwargs.flip_to_dis rendering_kwargs.flip_to_disd rendering_kwargs.flip_to_disd_weight rendering_kwargs.flip_type rendering_kwargs.dis_cam_weight rendering_kwargs.pose_gd_weight
@@ -227,14 +231,15 @@ def official_config(
     render = lambda name, default=None: o.get(f"rendering_kwargs.{name}", default)
     if o.get("bg_kwargs") is not None: raise InputError("bg_kwargs: expected none, got a background NeRF: a second field outside the box, seen from inside out, which this kit does not have")
     if missing := [k for k in REQUIRED if k not in o and not (axes and k.endswith("wrong"))]: raise InputError(f"official configuration: missing {missing}")
-    for k, v in FIXED.items():
-        if o.get(k, v) != v: raise InputError(f"{k}: expected {v!r}, the only published value that is understood here, got {o[k]!r}")
+    for k, (known, why) in FIXED.items():
+        if k in o and o[k] not in known: raise InputError(f"{k}: expected {' or '.join(map(repr, known))}, got {o[k]!r}: refused, since {why}")
+        if o.get(k) == "random": warnings.warn(f"{k}: 'random' draws noise afresh at every call; the stored noise is used, so that a code has one picture", stacklevel=2)
     if unknown := sorted(set(o) - set(DIRECT) - set(DERIVED) - set(FIXED) - NO_EFFECT): warnings.warn(f"official configuration: options without a meaning here, ignored: {unknown}", stacklevel=2)
     name = render("superresolution_module")
     if name is not None and name.split(".")[-1] not in MODULES: raise InputError(f"superresolution_module: expected one of {list(MODULES)} or none, got {name!r}")
     learns = "none" if o.get("mapping_kwargs.cam_dim", 2) == 2 else "fov" if o.get("mapping_kwargs.learn_fov", render("learn_fov", False)) else "radius"
     base, top = o.get("channel_base", 32768), o.get("channel_max", 512)
-    values = dict(mapping_layers=8, mapping_rate=.01, pose_rate=.01, backbone_clamp=256, render_resolution=64) | {field: o[k] for k, field in DIRECT.items() if k in o and o[k] is not None or k == "conv_clamp" and k in o}
+    values = dict(mapping_layers=8, mapping_rate=.01, pose_rate=.01, backbone_clamp=256, render_resolution=64, near=render("ray_start"), far=render("ray_end")) | {field: o[k] for k, field in DIRECT.items() if k in o and o[k] is not None or k == "conv_clamp" and k in o}
     values |= dict(view_dim=0, pose_hidden=o["w_dim"], channels=[min(base // r, top) for r in (4, 8, 16, 32, 64, 128, 256)], noise=True, plane_channels=32, decoder_hidden=64, decoder_act="softplus", features=32,
                    plane_axes=axes or ("eg3d" if render("wrong") else "xyz"), density_scale=1., ball=0., background="white" if render("white_back") else "none", march="eg3d", pose_rule="look_at",
                    superresolution="none" if name is None else MODULES[name.split(".")[-1]], superres_clamp=256. if o.get("sr_num_fp16_res", 0) > 0 else None, clamp_gain=1.,
@@ -253,12 +258,11 @@ def _finish(values:dict, o:dict, render) -> GeneratorConfig: # camera and checks
         else: warnings.warn(f"official configuration: no published field of view is known for a camera at {values['radius']}; that of faces is taken: say `focal` in the configuration", stacklevel=3); values["focal"] = known[2.7]
     if "domain" not in values: values["domain"] = "faces" if tuple(values["pivot"]) == (0, 0, .2) else "objects"
     for k in ("near", "far"):
-        if not isinstance(values[k], (int, float)): raise InputError(f"ray_start, ray_end: expected numbers, got {values[k]!r}")
+        if not isinstance(values[k], (int, float)): raise InputError(f"ray_start, ray_end: expected numbers, got {values[k]!r}: refused, since what rays do that miss the box is not recorded")
     c = config_from_dict(GeneratorConfig, values)
     if c.superresolution != "none" and o.get("img_resolution", c.resolution) != c.resolution: raise InputError(f"img_resolution: expected {c.resolution} for the super-resolution {c.superresolution!r}, got {o['img_resolution']}")
     sr = o.get("sr_kwargs") or {}
     if sr.get("w_dim", c.w_dim) != c.w_dim or sr.get("activation", "lrelu") != "lrelu": raise InputError(f"sr_kwargs: expected w_dim {c.w_dim} and the activation 'lrelu', got {sr}")
-    if o.get("backbone_noise_mode", "const") == "none": raise InputError("backbone_noise_mode: expected 'const', got 'none': import it with 'const', and draw planes with `G.synthesis(ws, noise=False)`")
     return c
 
 # %% ../nbs/09_checkpoints.ipynb #5ba45226
@@ -301,6 +305,9 @@ def import_official(
         c = options if isinstance(options, GeneratorConfig) else official_config(options, axes)
     for h in heard: warnings.warn(str(h.message), stacklevel=2)
     G = fill_official(PoseFreeGenerator(c), state, where)
+    if isinstance(options, dict) and flat_options(options).get("backbone_noise_mode") == "none":
+        for k, p in G.synthesis.named_parameters():
+            if k.endswith("noise_strength"): p.data.zero_()
     G.name, G.sha256 = Path(where).stem, "" if isinstance(path, dict) else sha256(path)
     G.source = dict(format="PoF3D, official", file=where, sha256=G.sha256, notes=[str(h.message) for h in heard]) | notes
     return G.to(device).requires_grad_(False).eval()
@@ -327,7 +334,8 @@ def _official_file(path) -> tuple: # tensors, official options or None, plane ax
     return state, None, None, {}
 
 def _official_snapshot(path) -> tuple:
-    G = read_snapshot(path).get("G_ema")
+    data = read_snapshot(path)
+    G, left = data.get("G_ema"), {k: type(v).__name__ for k, v in data.items() if k != "G_ema" and isinstance(v, dict) and "state" in v} # inert, and not read any further
     if not isinstance(G, dict) or not isinstance(G.get("state"), dict): raise InputError(f"{path.name}: expected a snapshot with the averaged generator G_ema, got none")
     kind, state = type(G).__name__, G["state"]
     if kind != "TriPlaneGeneratorPose": raise InputError(f"{path.name}: expected a PoF3D generator (TriPlaneGeneratorPose), got {kind}")
@@ -335,7 +343,7 @@ def _official_snapshot(path) -> tuple:
     options |= {k: state[k] for k in ("rendering_kwargs", "neural_rendering_resolution", "z_dim", "w_dim", "img_resolution") if state.get(k) is not None}
     renderer = (state.get("_modules") or {}).get("renderer")
     axes = renderer["state"].get("plane_axes") if isinstance(renderer, dict) and isinstance(renderer.get("state"), dict) else None
-    return module_state(G), options, None if axes is None else plane_axes_name(axes), dict(network="G_ema")
+    return module_state(G), options, None if axes is None else plane_axes_name(axes), dict(network="G_ema", left_in_the_snapshot=left)
 
 def plane_axes_name(axes) -> str: # axes: (3, 3, 3), three frames; a plane sees the first two coordinates of xyz @ inverse(frame)
     "Which of our plane layouts a published `plane_axes` is"

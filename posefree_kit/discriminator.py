@@ -19,7 +19,7 @@ from .stylegan import Conv, Linear, ResidualBlock, group_std, lrelu
 @dataclass(frozen=True)
 class DiscriminatorConfig:
     "Everything that decides a discriminator's structure"
-    channels:tuple = (24, 48, 80, 128) # channels at full resolution, half, ... down to 4 x 4
+    channels:tuple = (24, 48, 80, 128) # of each layer from the picture on: at full resolution first, then half, ... 4 x 4 last
     group:int = 8 # images per group of the standard-deviation channel
     feature_dim:int = 64 # width of features and pose embedding
     pose_conditioned:bool = True # score the pair (image, pose); False: the unconditioned one of the ablation (it keeps the pose head, for measuring only)
@@ -65,7 +65,7 @@ class Discriminator(nn.Module):
         image:Tensor, # (B, 3, R, R) in [-1, 1]
         pose:Pose|None=None, # the pose to judge with; None: what the head reads off the image itself, `calibrated` (real images)
     ) -> Judgement:
-        "Score pairs and read poses; the pose is never a way for gradients out of the score"
+        "Score pairs and read poses; no gradient flows from the score to the pose"
         check_shape(image, "B 3 R R", "image", R=self.config.resolution)
         x = self.trunk(image)
         with torch.autocast(image.device.type, enabled=False): # the heads always work in float32
@@ -79,11 +79,11 @@ class Discriminator(nn.Module):
         return Judgement(score, Pose.of(head * self.unit))
 
     def read_pose(self, image:Tensor) -> Pose: # (B, 3, R, R)
-        "The pose head alone: the start search's free pose guess"
+        "The pose head alone, `calibrated`: the first guess used by inversion (chapter 12)"
         return Pose.of(self.calibrated(self.pose_head(self.trunk(image).float().flatten(1))) * self.unit)
 
     def calibrated(self, read:Tensor) -> Tensor: # (B, 2) in units
-        "The head has learned from generated images only: on real ones it is cautious and may be off to one side. Readings of real images get the mean and the spread of generated poses"
+        "Readings of real images, moved and scaled to the mean and the spread of generated poses: (read - pose_mean) * pose_gain (ours)"
         return (read - self.pose_mean) * self.pose_gain
 
 # %% ../nbs/07_discriminator.ipynb #3920e6b9

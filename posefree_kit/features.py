@@ -326,9 +326,11 @@ class Maps(nn.Module):
 
 OURS = {"portrait": "portrait-id", "portrait-eval": "portrait-id-eval"} # name -> shipped file; the second is for evaluation only
 
+def _source(path, digest=None) -> str: return f"{Path(path).name} sha256:{(digest or sha256(path))[:12]}" # which file a network came from
+
 def _ours(name, weights):
     net = load_encoder(weights or OURS[name])
-    return net, f"{net.card['name']}.safetensors sha256:{net.card['sha256'][:12]}"
+    return net, _source(f"{net.card['name']}.safetensors", net.card["sha256"])
 
 # %% ../nbs/10_features.ipynb #fe3bec5d
 YAWS, PITCHES = (-.6, -.2, .2, .6), (.1, -.12, .12, -.1) # radians: how people are seen when an encoder is verified
@@ -339,7 +341,7 @@ def verify(
     render, # `portraits.portrait_batch`
     seeds, # people, best from 10,000,000 up
     size:int=64, # pixels a side
-    family:int=1, # more than 1: strangers are replaced by siblings, who share hair, skin, glasses and beard
+    family:int=1, # more than 1: so many are siblings, who share hair, skin, glasses and beard; auc and different compare siblings only, top1 searches all
     dress:bool=True, # other clothes in each picture
 ) -> dict: # auc, same and different (mean cosines), top1, people, first_seed
     "Same person or not, across poses, and who is it?"
@@ -481,7 +483,7 @@ def load_perceptual(
         network, scales = Maps(net), list(net.layer_scale)
     elif name in BACKBONES:
         path = find_weights(name, BACKBONES[name], weights, download)
-        (network, scales), source = _lpips(name, path), path.name
+        (network, scales), source = _lpips(name, path), _source(path)
     else: raise InputError(f"expected a perceptual network among {', '.join([*OURS, *BACKBONES])}, got {name!r}")
     return Perceptual(name, source, network, scales).to(resolve_device(device))
 
@@ -496,10 +498,10 @@ def load_identity(
     if name in OURS: network, source = _ours(name, weights)
     elif name == "facenet":
         path = find_weights(name, FACENET, weights, download)
-        (network, prepare), source = _facenet(name, path), path.name
+        (network, prepare), source = _facenet(name, path), _source(path)
     elif name.split(":")[0] == "clip":
         network, prepare, path = _clip(name, weights, download)
-        source = path.name
+        source = _source(path)
     else: raise InputError(f"expected an identity network among {', '.join(OURS)}, facenet, clip, clip:MODEL or clip:MODEL/TAG, got {name!r}")
     return Identity(name, source, network, prepare).to(resolve_device(device))
 
@@ -512,9 +514,12 @@ def default_perceptual(domain:str) -> str:
     "Which network Eq. 2 and 4 use: ours for faces, LPIPS (which the paper names) for anything else"
     return "portrait" if domain == "faces" else "lpips-vgg"
 
-def backends(perceptual:Perceptual, identity:Identity) -> dict: # for report.json
+def backends(
+    perceptual:Perceptual|None=None, identity:Identity|None=None, # psi and phi of the losses
+    **measuring, # networks behind the metrics, by role: judge= (identity), lpips=
+) -> dict: # role -> "name (file sha256:its first 12 digits)", for report.json; a role that is None is left out
     "What is in use, and from which file"
-    return dict(perceptual=f"{perceptual.name} ({perceptual.source})", identity=f"{identity.name} ({identity.source})")
+    return {role: f"{net.name} ({getattr(net, 'source', 'given by the caller')})" for role, net in dict(perceptual=perceptual, identity=identity, **measuring).items() if net is not None}
 
 # %% ../nbs/10_features.ipynb #f744b5b3
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from .camera import Pose, project, turn, unproject
-from .core import InputError, check_shape
+from .core import InputError, check_shape, resize
 
 # %% ../nbs/11_losses.ipynb #d34644f4
 def rec(
@@ -71,7 +71,7 @@ def multiview(
     pose:Pose, # (B,) where the reference was rendered
     offsets:Pose, # (K,) delta-theta, radians
     psi, # perceptual features: (B, 3, H, W) -> list of (B, C, h, w)
-    grad_depth:bool=False, # let gradients reach the depth too (default: appearance only)
+    grad_depth:bool=False, # let gradients through the depths of the warp too (default: through the rendered colours only)
     target:Tensor|None=None, # (B, 3, H, W): compare with the input photo instead of the reconstruction
     size:int|None=None, # pixels a side of the volume rendering
 ) -> Tensor: # (B,)
@@ -79,12 +79,12 @@ def multiview(
     n, b = len(offsets), len(pose)
     here = pose.map(lambda x: x.repeat_interleave(n))
     near = turn(here, *(o.to(pose.yaw).repeat(b) for o in (offsets.yaw, offsets.pitch)))
-    novel = generator.render(planes, near, size=size)
+    novel, side = generator.render(planes, near, size=size), view.rgb.shape[-1] # compared at the reference's size, which a stage may have reduced
     rep = lambda x: x.repeat_interleave(n, 0)
-    fit = lambda x: x if x.shape[-1] == novel.rgb.shape[-1] else F.interpolate(x, novel.rgb.shape[-2:], mode="bilinear", align_corners=False)
+    fit = lambda x: x if x.shape[-1] == side else F.interpolate(x, (side, side), mode="bilinear", align_corners=False)
     keep = (lambda x: x) if grad_depth else torch.Tensor.detach
     hold = lambda cam: tuple(keep(x) for x in cam)
-    warped, visible = warp_to_reference(novel.rgb, keep(fit(novel.depth)), keep(rep(fit(view.depth))), rep(fit(view.weight)).detach(), hold(generator.camera(here)), hold(generator.camera(near)))
+    warped, visible = warp_to_reference(resize(novel.rgb, side), keep(fit(novel.depth)), keep(rep(fit(view.depth))), rep(fit(view.weight)).detach(), hold(generator.camera(here)), hold(generator.camera(near)))
     visible = visible.detach()
     reference = rep((view.rgb if target is None else target).detach())
     area = visible.mean((1, 2, 3)).clamp(min=.05)
@@ -112,9 +112,12 @@ def geometry(
     return total
 
 # %% ../nbs/11_losses.ipynb #ab25a472
-def depth_std(depth:Tensor, weight:Tensor) -> Tensor: # (B, 1, H, W) each -> (B,)
-    "Spread of depth inside the object: near 0 means a flat plane (alarm)"
-    m = (weight > .5).float()
+def depth_std(
+    depth:Tensor, weight:Tensor, # (B, 1, H, W) each
+    mask:Tensor|None=None, # (B, 1, H, W): the head, where the background is solid too
+) -> Tensor: # (B,)
+    "Spread of depth inside the object: near 0 means a flat plane (alarm); without a mask, it means nothing before a solid background"
+    m = ((weight > .5) if mask is None else (weight > .5) & (mask > .5)).float()
     n = m.sum((1, 2, 3)).clamp(min=1)
     mean = (depth * m).sum((1, 2, 3)) / n
     return (((depth - mean[:, None, None, None]) * m).square().sum((1, 2, 3)) / n).sqrt()
@@ -125,7 +128,7 @@ def w_prior(w:Tensor, w_avg:Tensor) -> Tensor: # (B, w_dim), (w_dim,) -> (B,)
     return (w - w_avg).norm(dim=-1)
 
 def delta_prior(deltas:Tensor) -> Tensor: # (B, num_ws, w_dim) -> (B,)
-    "Squared size of the per-layer deltas (e4e's form, ours here)"
+    "Squared size of the per-layer deltas (after e4e, Tov et al. 2021, which sums the norms themselves)"
     return deltas.square().sum((1, 2))
 
 def total(

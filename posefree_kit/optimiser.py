@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'Schedule', 'constant', 'ramp', 'warm_cosine', 'Stage', 'InvertConfig', 'quick', 'paper', 'with_steps',
-           'Networks', 'view_offsets', 'render_at', 'objective', 'candidates', 'search_start', 'InvertState',
-           'DivergedError', 'adam_step', 'Step', 'run', 'Inversion', 'invert', 'result']
+           'Networks', 'view_offsets', 'render_at', 'objective', 'candidates', 'search_start', 'FreePose',
+           'InvertState', 'DivergedError', 'adam_step', 'Step', 'run', 'Inversion', 'prepare', 'invert', 'result']
 
 # %% ../nbs/12_optimiser.ipynb #51aad3c1
 import dataclasses, math, time
@@ -16,8 +16,8 @@ from torch import Tensor
 from . import losses
 from .camera import Pose, mirror
 from .core import InputError, check_shape, config_hash, config_to_dict, resize, rng
-from .features import load_identity, load_perceptual
-from .pose import PoseFreeGenerator
+from .features import backends, load_identity, load_perceptual
+from .pose import LIMIT, PoseFreeGenerator
 
 # %% ../nbs/12_optimiser.ipynb #abac3272
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class InvertConfig:
     "Everything that decides an inversion. All numbers are ours: the paper's supplement is unavailable"
     preset:str = "custom" # name of the preset, for reports
     space:str = "w+" # "w": one code for all layers, as in the paper; "w+": per-layer deltas in stages that allow them. The pose is always f(w) of the base code
-    stages:tuple = (Stage(400, 2, .01, False), Stage(600, 1, .005, True)) # the paper's two stages: half, then native resolution
+    stages:tuple = (Stage(400, 2, .01, False), Stage(600, 1, .02, True)) # the paper's two stages: half, then native resolution
     warmup:float = .05 # share of each stage until the rate has its peak
     clip:float = 1. # largest gradient norm of an image's code
     noise:float = .05 # latent noise in the first stage, in standard deviations of w
@@ -75,9 +75,9 @@ class InvertConfig:
     mv_every:int = 4 # steps between evaluations of Eq. 4 (its weight is multiplied by this)
     mv_yaw:Schedule = ramp((0, .1), (1, .2)) # largest yaw of delta theta, radians; views come in pairs +-
     mv_pitch:Schedule = ramp((0, .05), (1, .1)) # largest pitch of delta theta, radians
-    mv_grad_depth:bool = False # gradients of Eq. 4 reach the shape as well
+    mv_grad_depth:bool = False # gradients of Eq. 4 also go through the depths of the warp
     w_prior:float = 5e-3 # weight of |w - w_avg|
-    delta_prior:float = 1e-3 # weight of the squared deltas
+    delta_prior:float = 0. # weight of the squared deltas; with e4e's habit of holding them (1e-3) every figure was worse on held-out portraits, novel views included
     perceptual:str = "portrait" # psi, a name that `load_perceptual` knows
     identity:str = "portrait" # phi, a name that `load_identity` knows ("clip" for domains without faces)
     seed:int = 0 # of the start search, noise and view offsets
@@ -98,8 +98,8 @@ class InvertConfig:
         raise InputError(f"expected a step under {self.steps}, got {step}")
 
 def quick(**changes) -> InvertConfig:
-    "Under a minute on two CPU cores at 64 x 64 (ours)"
-    return dataclasses.replace(InvertConfig(preset="quick", stages=(Stage(150, 2, .02, False), Stage(200, 1, .01, True)), candidates=256, starts=3, start_steps=30), **changes)
+    "Under a minute an image on two CPU cores at 64 x 64 with the compiled march (ours)"
+    return dataclasses.replace(InvertConfig(preset="quick", stages=(Stage(150, 2, .02, False), Stage(200, 1, .03, True)), candidates=256, starts=3, start_steps=30), **changes)
 
 def paper(**changes) -> InvertConfig:
     "The paper's two stages at full length (step numbers and weights ours: the paper's supplement is unavailable)"
@@ -138,12 +138,14 @@ def objective(
     nets:Networks, config:InvertConfig, target:Tensor, # (B, 3, R, R) at native resolution
     w:Tensor, deltas:Tensor, # (B, w_dim), (B, num_ws, w_dim)
     step:int, weights:dict|None=None, # None: those of the schedules
+    pose:Pose|None=None, # None: f(w), as in the paper; a camera of its own in Pose Opt (chapter 14)
+    terms:dict={}, # further losses: name -> (weight, f(planes, pose, view, target) -> (B,))
 ) -> tuple: # total (B,), parts {name: (B,)}, weights {name: lambda}, pose, view
     "The losses that are due at this step, and their weighted sum (Eq. 6)"
     G, (stage, _, p) = nets.generator, config.at(step)
     shrink = config.stages[stage].shrink
     target = resize(target, G.resolution // shrink)
-    pose, planes = G.pose(w), G.planes(w[:, None] + deltas)
+    pose, planes = G.pose(w) if pose is None else pose, G.planes(w[:, None] + deltas)
     view = render_at(G, planes, pose, shrink)
     lam = dict(rec=config.rec(p), raw=config.raw * config.rec(p), id=config.id(p), mv=config.mv(p) * config.mv_every, geo=config.geo(p), w_prior=config.w_prior, delta_prior=config.delta_prior) | (weights or {})
     parts = dict(rec=losses.rec(view.rgb, target, nets.psi.distance, config.l1, config.perceptual_weight))
@@ -155,6 +157,7 @@ def objective(
     if lam["geo"]: parts["geo"] = losses.geometry(view.depth, view.weight, G.config.near, G.config.far)
     if lam["w_prior"]: parts["w_prior"] = losses.w_prior(w, G.w_avg)
     if lam["delta_prior"] and config.space == "w+" and config.stages[stage].layers: parts["delta_prior"] = losses.delta_prior(deltas)
+    for name, (weight, f) in terms.items(): lam[name], parts[name] = weight, f(planes, pose, view, target)
     return losses.total(parts, lam), parts, lam, pose, view
 
 # %% ../nbs/12_optimiser.ipynb #c19f219b
@@ -209,15 +212,27 @@ def search_start(nets:Networks, target:Tensor, config:InvertConfig) -> tuple: # 
     return state.w.view(b, k, d)[torch.arange(b), score.argmin(1)], score
 
 # %% ../nbs/12_optimiser.ipynb #34a9dd5d
+@dataclass
+class FreePose:
+    "A camera that is optimised beside the code instead of following it: not the paper's way, but Pose Opt's (chapter 14)"
+    angles:Tensor # (B, 2) yaw and pitch, radians
+    rate:float # Adam's rate at its peak: radians a step
+    preheat:int = 0 # so many steps move the camera alone
+    adam:dict|None = None
+    def copy(self): return FreePose(self.angles.clone(), self.rate, self.preheat, _copied(self.adam))
+
+def _copied(adam): return None if adam is None else {k: [x.clone() for x in v] if isinstance(v, list) else v for k, v in adam.items()}
+
 class InvertState:
     "What is optimised, and where the run is: enough to continue"
-    def __init__(self, w:Tensor): self.w, self.d, self.step, self.adam, self.trace = w.detach().clone(), None, 0, None, []
+    def __init__(self, w:Tensor, d:Tensor|None=None, free:FreePose|None=None): # free: a camera of its own; None: the pose is f(w)
+        self.w, self.d, self.free, self.step, self.adam, self.trace = w.detach().clone(), None if d is None else d.detach().clone(), free, 0, None, []
     def deltas(self, G) -> Tensor: # (B, num_ws, w_dim)
         return self.w.new_zeros(len(self.w), G.num_ws, self.w.shape[-1]) if self.d is None else self.d
+    def pose(self, G) -> Pose: return G.pose(self.w) if self.free is None else Pose.of(self.free.angles)
     def copy(self):
-        new = InvertState(self.w)
-        new.d, new.step, new.trace = None if self.d is None else self.d.clone(), self.step, list(self.trace)
-        new.adam = None if self.adam is None else {k: [x.clone() for x in v] if isinstance(v, list) else v for k, v in self.adam.items()}
+        new = InvertState(self.w, self.d, None if self.free is None else self.free.copy())
+        new.step, new.trace, new.adam = self.step, list(self.trace), _copied(self.adam)
         return new
 
 class DivergedError(RuntimeError):
@@ -250,12 +265,12 @@ class Step:
     view:object # View of this step (at the stage's resolution)
     state:InvertState # the run itself, after this step
 
-def run(nets:Networks, target:Tensor, config:InvertConfig, state:InvertState, callback=None) -> InvertState:
+def run(nets:Networks, target:Tensor, config:InvertConfig, state:InvertState, callback=None, terms:dict={}) -> InvertState: # terms: as in `objective`
     "Optimise from `state.step` to the end, or until the callback returns False"
-    G = nets.generator
+    G, free = nets.generator, state.free
     std = G.mapping(G.draw(512, config.seed)).std(0)
     while state.step < config.steps:
-        stage, p, _ = config.at(state.step)
+        stage, p, done = config.at(state.step)
         s, good = config.stages[stage], (state.w.clone(), None if state.d is None else state.d.clone())
         if p == 0: state.adam = None
         if s.layers and config.space == "w+" and state.d is None: state.d = state.deltas(G)
@@ -263,14 +278,17 @@ def run(nets:Networks, target:Tensor, config:InvertConfig, state:InvertState, ca
         rate = s.rate * warm_cosine(p + 1 / s.steps * .5, config.warmup)
         noise = 0. if stage else config.noise * max(0., 1 - p / .75) ** 2
         shaken = w + noise * std * torch.randn(1, w.shape[-1], generator=rng(config.seed * 104_729 + state.step)).to(w) if noise else w
-        total, parts, lam, pose, view = objective(nets, config, target, shaken, d, state.step)
-        params = [w] + ([d] if state.d is not None else [])
-        grads = torch.autograd.grad(total.sum(), params)
+        angles = None if free is None else free.angles.clone().requires_grad_()
+        total, parts, lam, pose, view = objective(nets, config, target, shaken, d, state.step, pose=None if free is None else Pose.of(angles), terms=terms)
+        params = [] if free and state.step < free.preheat else [w] + ([d] if state.d is not None else [])
+        grads = torch.autograd.grad(total.sum(), params + ([] if free is None else [angles]))
         if not (total.isfinite().all() and all(g.isfinite().all() for g in grads)):
             state.w, state.d = good
             bad = [k for k, v in parts.items() if not v.isfinite().all()] or ["gradient"]
             raise DivergedError(f"{bad[0]} is not finite at step {state.step} of {config.steps}; the last good state is kept", state)
-        with torch.no_grad(): state.adam = adam_step(params, grads, state.adam, rate, config.clip)
+        with torch.no_grad():
+            if params: state.adam = adam_step(params, grads[:len(params)], state.adam, rate, config.clip)
+            if free: free.adam = adam_step([angles], grads[-1:], free.adam, free.rate * warm_cosine(done, config.warmup), config.clip); free.angles = angles.detach().clamp(-LIMIT, LIMIT)
         state.w = w.detach()
         if state.d is not None: state.d = d.detach()
         state.trace.append({k: v.detach().cpu() for k, v in parts.items()} | dict(step=state.step, stage=stage, rate=rate, total=total.detach().cpu(), pose=pose.stack().detach().cpu(), weights=lam))
@@ -285,44 +303,50 @@ class Inversion:
     w:Tensor # (B, w_dim) the base code
     deltas:Tensor # (B, num_ws, w_dim) per-layer deltas, 0 in space "w"
     ws:Tensor # (B, num_ws, w_dim) = w + deltas
-    pose:Pose # (B,) = f(w)
+    pose:Pose # (B,) = f(w), unless a method of chapter 14 gave it a camera of its own
     view:object # the reconstruction, a View at native resolution
     trace:list # one dict a step: losses (B,), rate, pose (B, 2), weights
     report:dict # what was done: generator, space, preset, seed, device, seconds, steps, pose, backends, stages
     state:InvertState # hand it back to `invert(..., state=...)` to go on
+    generator:PoseFreeGenerator|None = None # what renders it, if a method tuned a copy of the generator (chapter 14); None: the given one
+
+def prepare(image:Tensor, generator:PoseFreeGenerator, config:InvertConfig, psi=None, phi=None) -> tuple: # Networks, target (B, 3, R, R)
+    "What every method begins with: the image checked and at the generator's resolution, the networks that the configuration names"
+    check_shape(image, "B 3 R R", "image")
+    if not image.isfinite().all(): raise InputError("image: expected finite values in [-1, 1], got NaN or infinity")
+    device = generator.w_avg.device
+    psi, phi = psi or load_perceptual(config.perceptual, device=device), phi or load_identity(config.identity, device=device)
+    return Networks(generator, psi, phi), resize(image.to(device), generator.resolution)
 
 def invert(
     image:Tensor, # (B, 3, R, R) in [-1, 1]; resized to the generator's resolution
     generator:PoseFreeGenerator, # frozen
     config:InvertConfig=quick(),
     callback=None, # called with a `Step` after each; return False to stop
-    state:InvertState|None=None, # go on from here
+    state:InvertState|None=None, # go on from here, or begin here: `InvertState(w)` instead of a search
     psi=None, phi=None, # networks instead of those that the configuration names
+    terms:dict={}, # further losses, as in `objective`
 ) -> Inversion:
     "Invert images by optimising nothing but their latent codes"
-    check_shape(image, "B 3 R R", "image")
-    if not image.isfinite().all(): raise InputError("image: expected finite values in [-1, 1], got NaN or infinity")
-    t0, device = time.time(), generator.w_avg.device
-    psi, phi = psi or load_perceptual(config.perceptual, device=device), phi or load_identity(config.identity, device=device)
-    nets, target = Networks(generator, psi, phi), resize(image.to(device), generator.resolution)
-    starts = None
+    t0, starts = time.time(), None
+    nets, target = prepare(image, generator, config, psi, phi)
     if state is None:
         w, starts = search_start(nets, target, config)
         state = InvertState(w)
     else: state = state.copy()
     first = state.step
-    run(nets, target, config, state, callback)
+    run(nets, target, config, state, callback, terms)
     return result(nets, config, state, dict(seconds=round(time.time() - t0, 2), steps=state.step - first, start_scores=None if starts is None else starts.tolist()))
 
 def result(nets:Networks, config:InvertConfig, state:InvertState, more:dict) -> Inversion:
     "Wrap a state up: render it, and report"
     G = nets.generator
     with torch.no_grad():
-        d = state.deltas(G); ws, pose = state.w[:, None] + d, G.pose(state.w)
+        d = state.deltas(G); ws, pose = state.w[:, None] + d, state.pose(G)
         view = G.view(ws, pose)
     ends = [max((t["step"] for t in state.trace if t["stage"] == i), default=None) for i in range(len(config.stages))]
     mean = lambda t: {k: round(float(v.mean()), 5) for k, v in t.items() if isinstance(v, Tensor) and k != "pose"}
     report = dict(generator=dict(name=G.name, sha256=G.sha256, resolution=G.resolution), method="latent-only", space=config.space, preset=config.preset, config=config_hash(config), seed=config.seed, device=str(state.w.device),
-                  pose=[dict(yaw_deg=round(float(y), 3), pitch_deg=round(float(p), 3)) for y, p in pose.degrees()], backends=dict(perceptual=nets.psi.name, identity=nets.phi.name),
+                  pose=[dict(yaw_deg=round(float(y), 3), pitch_deg=round(float(p), 3)) for y, p in pose.degrees()], backends=backends(nets.psi, nets.phi),
                   stages=[dict(config_to_dict(s), losses=mean(state.trace[e])) for s, e in zip(config.stages, ends) if e is not None])
     return Inversion(state.w, d, ws, pose, view, list(state.trace), report | more, state)

@@ -9,7 +9,7 @@ __all__ = ['SHAPE', 'TONES', 'LOOK', 'STYLES', 'EXPRESSIONS', 'GROUPS', 'LETTERS
            'portrait_batch', 'portrait', 'change', 'write_portraits']
 
 # %% ../nbs/02_portraits.ipynb #bcc7bdc6
-import json, math, zlib
+import difflib, json, math, zlib
 from dataclasses import dataclass
 from pathlib import Path
 import torch
@@ -36,7 +36,7 @@ def capsule(x, y, z, bx, by, bz, r0, r1):
 
 # %% ../nbs/02_portraits.ipynb #2caa7d48
 def join(a, b, k):
-    "Smooth union: the nearer of two solids, filleted over k"
+    "Smooth union: min(a, b) - max(k - |a - b|, 0)^2 / 4k, the nearer of two solids, filleted over k"
     h = (a - b).abs_().neg_().add_(k).clamp_(min=0)
     return torch.minimum(a, b).sub_(h.mul_(h).mul_(.25 / k))
 
@@ -322,7 +322,7 @@ def march(
     d:tuple, # three (B, N): unit directions
     t:Tensor, # (B, N) where to start
     alive:Tensor, # (B, N) which rays to follow
-    relax:float=.92, # share of the distance to step; 1 would be right for perfect distances
+    relax:float=.92, # share of the distance to step; 1 would be right for exact distances
 ) -> tuple: # t (B, N), distance left (B, N)
     "Sphere tracing: step by the distance to the nearest surface, and drop rays that have arrived or left"
     t, left = t.clone(), torch.full_like(t, 9.)
@@ -607,7 +607,9 @@ def change(p:dict, styles:dict, text:list, seeds:Tensor, changes:dict) -> tuple:
         if name in GROUPS: p |= _regroup(name, value, p, seeds)
         elif name in STYLES: _restyle(name, value, styles, text)
         elif name in p: p[name] = _fill(name, value, len(seeds))
-        else: raise InputError(f"expected a change among {', '.join([*GROUPS, *STYLES, *p])}; got {name!r}")
+        else:
+            near = difflib.get_close_matches(name, [*GROUPS, *STYLES, *p], cutoff=.7)
+            raise InputError(f"expected a change among {', '.join([*GROUPS, *STYLES])}, or a name in SHAPE, TONES or LOOK{f' (did you mean {near[0]!r}?)' if near else ''}; got {name!r}")
     return p, styles, text
 
 def _fill(name, value, n):

@@ -122,8 +122,8 @@ class TrainConfig:
     mean_pose_weight:float = 0.2 # pulls the mean generated pose to 0, in squared units of the starting spread; says nothing about the spread
     density_weight:float = 0.1 # smoothness of density at nearby points
     density_every:int = 4 # steps between them
-    symmetry_weight:float = 0. # heads seen from pose 0 are about as deep on their left as on their right, colours and hair free: keeps a yaw out of the planes
-    wall_weight:float = 0. # against solid backgrounds: opacity of rays that meet nothing until well behind the head's centre
+    symmetry_weight:float = 2. # heads seen from pose 0 are about as deep on their left as on their right, colours and hair free: keeps a yaw out of the planes
+    wall_weight:float = 1. # against solid backgrounds: opacity of rays that meet nothing until well behind the head's centre
     blur_px:float = 1. # blur of the discriminator's inputs at the start, pixels
     blur_kimg:float = 20. # thousands of images until the blur is gone
     fade_kimg:float = 0. # thousands of images until a grown layer is fully in

@@ -1,7 +1,10 @@
 "Geometry that must hold from every viewpoint."
+import json
 import math
 import torch
 from hypothesis import given, settings, strategies as st
+from safetensors.torch import load_file
+from conftest import reference
 from posefree_kit.camera import FOCAL, Pose, align_pose, cam2world, camera_position, fit_frame, intrinsics, mirror, pose_of_position, project, rays, turn, unproject
 
 angle = st.floats(-1.25, 1.25)
@@ -41,10 +44,7 @@ def test_focal_is_eg3ds(): assert abs(FOCAL - 1 / (math.tan(math.radians(18.837)
 
 def test_reference_cameras_agree():
     "The official cam2world at known angles, if the reference is there"
-    import json, pathlib, pytest
-    ref = pathlib.Path(__file__).parents[2] / "shared/reference/ffhq128"
-    if not ref.exists(): pytest.skip("skipped: no reference")
-    from safetensors.torch import load_file
+    ref = reference("ffhq128")
     io, cfg = load_file(ref / "io.safetensors"), json.loads((ref / "config.json").read_text())
     m = io["out.c2w"]
     pivot = tuple(cfg["constructor"]["rendering_kwargs"]["avg_camera_pivot"])

@@ -1,9 +1,11 @@
 "The command line: every file of an inversion, and every way in which a call can be wrong, by its one-line error and exit code."
+import functools
 import json
 import os
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,6 @@ import skimage.data
 import torch
 import trimesh
 from PIL import Image
-from safetensors import safe_open
 from typer.testing import CliRunner
 
 from posefree_kit import cli, optimiser, viewer
@@ -21,7 +22,8 @@ from posefree_kit.core import InputError, load_image, save_json, sha256
 from posefree_kit.discriminator import Discriminator, DiscriminatorConfig
 from posefree_kit.generator import GeneratorConfig
 from posefree_kit.pose import PoseFreeGenerator
-from posefree_kit.portraits import portrait
+from posefree_kit.portraits import portrait, portrait_batch
+from posefree_kit.training import watch_poses
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
@@ -70,7 +72,7 @@ def test_the_report_has_the_fields_that_were_promised(home, tmp_path):
     invert(home, home/"a.png", out=tmp_path, extra=LIGHT)
     report = json.loads((tmp_path/"a"/"report.json").read_text())
     assert list(report) == "image generator method space preset seed device seconds steps pose backends metrics stages".split()
-    assert set(report["generator"]) == {"name", "sha256", "resolution"} and set(report["pose"]) == {"yaw_deg", "pitch_deg"} and set(report["backends"]) == {"perceptual", "identity"}
+    assert set(report["generator"]) == {"name", "sha256", "resolution"} and set(report["pose"]) == {"yaw_deg", "pitch_deg"} and set(report["backends"]) - {"lpips"} == {"perceptual", "identity", "judge"}
     assert set(report["metrics"]) == set("mse psnr lpips id ms_ssim ms_ssim_dist depth_std".split())
     assert report["steps"] == 2 and report["space"] == "w+" and report["preset"] == "quick" and report["generator"]["sha256"] == sha256(home/"small.safetensors")
     made = load_image(tmp_path/"a"/"reconstruction.png")
@@ -150,7 +152,7 @@ def test_one_name_twice_is_told(home, tmp_path):
 
 @pytest.mark.parametrize("args, text", [
     (("--steps", 0), "expected at least 1 step, got 0"), (("--steps", -3), "at least 1 step"), (("--preset", "slow"), "expected a preset among quick, paper; got 'slow'"),
-    (("--space", "z"), "got 'z'"), (("--generator", "nobody"), "expected a generator"), (("--device", "cuda:7"), "expected a device"), (("--device", "toaster"), "expected a device"),
+    (("--space", "z"), "got 'z'"), (("--method", "guess"), "expected a method among latent, pose_opt, pti, spi, encoder, encoder+latent; got 'guess'"), (("--encoder", "x.safetensors"), "got it with latent"), (("--generator", "nobody"), "expected a generator"), (("--device", "cuda:7"), "expected a device"), (("--device", "toaster"), "expected a device"),
     (("--perceptual", "nothing"), "nothing"), (("--identity", "nothing"), "nothing"), (("--background", "blue", "--align"), "keep or plain"), (("--resume", "--overwrite"), "got both")], ids=lambda v: " ".join(map(str, v)) if isinstance(v, tuple) else "")
 def test_wrong_options_stop_the_call(home, tmp_path, args, text):
     error(posefree("invert", home/"a.png", "--out", tmp_path/"o", *(() if "--generator" in args else ("--generator", home/"small.safetensors")), "--no-progress", *args), text)
@@ -184,6 +186,15 @@ def test_a_photograph_goes_through(home, photo, tmp_path):
     known = viewer.load_latent(tmp_path/"astronaut"/"latent.safetensors")[1]["aligned"]
     assert known["faces_found"] == 1 and abs(known["landmarks"][0][0] - 205) < 4
 
+def test_the_frame_follows_the_generator(home, capsys):
+    from posefree_kit.photos import ffhq_framing, similarity
+    ours = load_generator(home/"small.safetensors", "cpu")
+    faces = portrait_batch(torch.arange(16), 96).image
+    imported = types.SimpleNamespace(source=dict(format="PoF3D, official"), sample=lambda n, seed, psi: (None, types.SimpleNamespace(rgb=faces[seed:seed + 1])))
+    assert cli.framing_for(ours, "auto") is similarity and cli.framing_for(imported, "portraits") is similarity and cli.framing_for(ours, "ffhq") is ffhq_framing
+    framing = cli.framing_for(imported, "auto")
+    assert framing not in (similarity, ffhq_framing) and "of 16 of the generator's own pictures" in capsys.readouterr().err
+
 def test_no_face_and_two_faces(home, photo, tmp_path):
     Image.new("RGB", (200, 120), "grey").save(tmp_path/"wall.png")
     face = Image.open(photo)
@@ -204,6 +215,32 @@ def test_render(home, tmp_path):
     error(render(tmp_path/"none.safetensors", "--out", tmp_path/"v.png"), "no such file")
     error(render(home/"small.safetensors", "--out", tmp_path/"v.png"), "expected a file of format")
     (tmp_path/"cut.safetensors").write_bytes(latent.read_bytes()[:300]); error(render(tmp_path/"cut.safetensors", "--out", tmp_path/"v.png"), "expected a whole latent")
+
+def test_another_method_leaves_the_same_files_and_the_generator_that_it_tuned(home, tmp_path, monkeypatch):
+    from posefree_kit import baselines
+    monkeypatch.setitem(baselines.METHODS, "pti", functools.partial(baselines.pti, tuning=baselines.Tuning(stop=0.)))
+    assert invert(home, home/"a.png", out=tmp_path, extra=(*LIGHT, "--method", "pti"))[0] == 0
+    report, (t, meta) = json.loads((tmp_path/"a"/"report.json").read_text()), viewer.load_latent(tmp_path/"a"/"latent.safetensors")
+    assert report["method"] == meta["method"] == "pti" and report["generator"]["tuned"] and (tmp_path/"a"/"tuned.safetensors").exists() and report["steps"] == 2
+    assert posefree("render", tmp_path/"a"/"latent.safetensors", "--out", tmp_path/"v.png", "--size", 16, "--device", "cpu")[0] == 0
+    assert (load_image(tmp_path/"v.png") - load_image(tmp_path/"a"/"reconstruction.png")).abs().max() < .02
+    error(posefree("render", tmp_path/"a"/"latent.safetensors", "--out", tmp_path/"v.png", "--generator", home/"small.safetensors"), "expected the generator that the latent was made with (tuned.safetensors")
+    error(invert(home, home/"a.png", out=tmp_path, extra=(*LIGHT, "--resume")), "some made with method pti")
+    assert invert(home, home/"a.png", out=tmp_path, extra=(*LIGHT, "--overwrite"))[0] == 0 and not (tmp_path/"a"/"tuned.safetensors").exists()
+    error(invert(home, home/"a.png", out=tmp_path/"e", extra=("--method", "encoder")), "expected a latent encoder for the generator 'small'", "train-encoder")
+
+def test_train_encoder(home, tmp_path):
+    train = lambda *a: posefree("train-encoder", "--out", tmp_path/"e.safetensors", "--generator", home/"small.safetensors", "--device", "cpu", "--no-progress", *a)
+    code, said, err = train("--steps", 1, "--portraits", 64)
+    assert code == 0 and "1 steps" in said, err
+    card = json.loads((tmp_path/"e.json").read_text())
+    assert card["generator"]["sha256"] == sha256(home/"small.safetensors") and card["bytes"] < 8e6 and str(tmp_path) not in json.dumps(card)
+    assert invert(home, home/"a.png", out=tmp_path/"o", extra=(*LIGHT, "--method", "encoder", "--encoder", tmp_path/"e.safetensors"))[0] == 0
+    report = json.loads((tmp_path/"o"/"a"/"report.json").read_text())
+    assert (report["method"], report["steps"], report["stages"]) == ("encoder", 0, [])
+    error(train("--steps", 1), "--overwrite replaces it")
+    error(train(), "expected a budget above 0", "none"); error(train("--minutes", -1), "--minutes -1")
+    error(train("--steps", 1, "--overwrite", "--start", tmp_path/"nothing.safetensors"), "with its card")
 
 def test_a_latent_goes_with_its_generator(home, tmp_path):
     invert(home, home/"a.png", out=tmp_path, extra=LIGHT)
@@ -242,8 +279,43 @@ def test_train_on_a_folder(home, tmp_path):
     card = json.loads((tmp_path/"r"/"generator.json").read_text())
     assert card["images"] == 3 and str(tmp_path) not in json.dumps(card)        # a card that is passed on names no folder
 
+def test_train_on_plain_portraits_first_compiled_and_watched(tmp_path, monkeypatch):
+    monkeypatch.setattr("posefree_kit.training.watch_poses", lambda size: watch_poses(size, n=8))
+    code, _, err = posefree("train", "--out", tmp_path/"r", "--kimg", .016, "--portraits", 8, "--plain", 8, "--size", 16, "--batch", 8, "--device", "cpu", "--no-progress", "--watch", *(("--compiled",) if COMPILER else ()))
+    assert code == 0, err
+    card = json.loads((tmp_path/"r"/"generator.json").read_text())
+    assert card["plain_images"] == 8 and card["images"] == 8 and load_generator(tmp_path/"r"/"generator.safetensors", "cpu").resolution == 16
+    log = [json.loads(line) for line in (tmp_path/"r"/"log.jsonl").read_text().splitlines()]
+    assert any({"yaw_r", "true_yaw_sd"} <= set(row) | set(row.get("watch", {})) for row in log), log[-1]   # what the onlooker saw
+
+COMPILER = shutil.which(os.environ.get("CXX", "c++"))
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler here")
+
+@needs_compiler
+def test_compiled_inversion_is_the_same_inversion(home, tmp_path):
+    torch.manual_seed(0)
+    G = PoseFreeGenerator(GeneratorConfig(channels=(16, 16, 16), render_resolution=16, samples=8)).start(0)
+    save_checkpoint(tmp_path/"g.safetensors", G, Discriminator(DiscriminatorConfig(channels=(16, 16, 16), group=1)))
+    for out, extra in (("plain", ()), ("fast", ("--compiled",))):
+        code, _, err = posefree("invert", home/"a.png", "--out", tmp_path/out, "--generator", tmp_path/"g.safetensors", "--device", "cpu", "--steps", 2, "--no-progress", *LIGHT, *extra)
+        assert code == 0, err
+    a, b = (load_image(tmp_path/out/"a"/"reconstruction.png") for out in ("plain", "fast"))
+    assert (a - b).abs().max() < .05                                            # rounding, grown by a few steps of Adam
+    error(posefree("invert", home/"a.png", "--out", tmp_path/"no", "--generator", home/"small.safetensors", "--device", "cpu", "--compiled"), "compiled march: expected")
+
+def test_without_a_compiler_it_is_told(home, tmp_path, monkeypatch):
+    from posefree_kit.generator import march_library
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    march_library.cache_clear()
+    try:
+        error(posefree("train", "--out", tmp_path/"r", "--kimg", .008, "--portraits", 8, "--size", 16, "--batch", 8, "--device", "cpu", "--no-progress", "--compiled"), "expected a C++ compiler (no-such-compiler")
+        what, how, state = cli._try("compiled march", cli._compiled, "missing")
+        assert state == "missing" and "no-such-compiler" in how
+    finally: march_library.cache_clear()
+
 def test_doctor_says_what_is_there():
     code, said, _ = posefree("doctor")
+    assert next(line for line in said.splitlines() if "compiled march" in line).startswith("ok" if COMPILER else "missing")
     assert "torch" in said and "MTCNN" in said and "generator portraits" in said and "encoder portrait-eval" in said
     assert code == (1 if "broken" in said else 0)
 

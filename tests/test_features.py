@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from posefree_kit.core import InputError, config_to_dict, rng
+from posefree_kit.core import InputError, config_to_dict, rng, sha256
 from posefree_kit.features import (OURS, SHIPPED, EncoderConfig, EncoderTraining, PortraitEncoder, Trainer, arcface_logits, assets, augment, backends, calibrate, decode,
                                    default_identity, default_perceptual, encoder_card, freeze, load_encoder, load_identity, load_perceptual, perceptual_distance,
                                    photograph, save_encoder, train_encoder, verify)
@@ -196,7 +196,7 @@ def test_facenet_from_a_file(tmp_path, noise):
     with torch.no_grad(): expected = net(F.interpolate(noise, 160, mode="bilinear", antialias=True) * 127.5 / 128)
     assert torch.allclose(phi.embed(noise), expected, atol=1e-4)
     gradient_flows(lambda x: phi.embed(x)[:, 0], noise)
-    assert backends(load_perceptual(), phi)["identity"] == "facenet (vggface2.pt)"
+    assert backends(load_perceptual(), phi)["identity"] == f"facenet (vggface2.pt sha256:{sha256(tmp_path/'vggface2.pt')[:12]})"
 
 def test_clip_from_a_file(tmp_path, noise):
     open_clip = pytest.importorskip("open_clip")
@@ -246,7 +246,9 @@ def test_the_domain_chooses():
     assert default_identity("faces") == "portrait" and default_identity("cats") == "clip"
     assert default_perceptual("faces") == "portrait" and default_perceptual("cats") == "lpips-vgg"
     told = backends(load_perceptual("portrait"), load_identity("portrait-eval"))
+    assert list(told) == ["perceptual", "identity"]
     assert told["perceptual"].startswith("portrait (portrait-id.safetensors sha256:") and told["identity"].startswith("portrait-eval (portrait-id-eval.")
+    assert backends(judge=load_identity("portrait-eval"), lpips=None) == dict(judge=told["identity"])
 
 def test_distance_takes_any_features():
     a = torch.rand(2, 3, 8, 8)

@@ -8,7 +8,7 @@ from posefree_kit.checkpoints import load_generator, read_card, save_checkpoint,
 from posefree_kit.core import InputError, config_from_dict, config_to_dict, sha256
 from posefree_kit.discriminator import Discriminator, DiscriminatorConfig
 from posefree_kit.generator import GeneratorConfig
-from posefree_kit.optimiser import DivergedError, InvertConfig, Stage, candidates, constant, invert, paper, quick, ramp, with_steps
+from posefree_kit.optimiser import DivergedError, InvertConfig, Networks, Stage, candidates, constant, invert, objective, paper, quick, ramp, with_steps
 from posefree_kit.pose import PoseFreeGenerator
 
 
@@ -118,6 +118,14 @@ def test_geometry_is_scale_free_and_zero_when_flat():
     assert torch.isclose(losses.geometry(d, m, 0, 1, 0.)[0], (d[0].diff(dim=-1).abs().mean() + d[0].diff(dim=-2).abs().mean()), atol=1e-6)
 
 
+def test_depth_std_sees_a_flat_face_before_a_wall_only_with_a_mask():
+    head = torch.zeros(2, 1, 8, 8); head[..., 2:6, 2:6] = 1
+    depth, solid = 3. - head, torch.ones(2, 1, 8, 8)
+    assert losses.depth_std(depth, solid).min() > .4 and losses.depth_std(depth, solid, head).max() == losses.depth_std(depth, head).max() == 0
+    rough = depth + torch.rand(2, 1, 8, 8)
+    assert torch.equal(losses.depth_std(rough, head), losses.depth_std(rough, solid, head)) and losses.depth_std(rough, head).min() > .1
+
+
 def test_checkpoint_round_trip_and_damage(G, tmp_path):
     f = save_checkpoint(tmp_path / "g", G, G.reader, dict(note="x"))
     H = load_generator(f, "cpu")
@@ -163,3 +171,16 @@ def test_a_generator_without_a_pose_head_is_inverted_too(G, starts):
     assert inv.view.rgb.isfinite().all() and (inv.trace[-1]["rec"] < inv.trace[0]["rec"]).all()
     mine = candidates(bare, bare.view(w, bare.pose(w)).rgb, config)
     assert mine.shape == (2, starts, bare.config.w_dim) and (starts == 1 or torch.equal(mine[:, -1], bare.w_avg.expand(2, -1)))
+
+
+@pytest.mark.parametrize("kind", ["none", "2x"])
+def test_every_stage_of_the_paper_preset_has_every_loss(kind):
+    "Novel views are compared at the stage's size, also where a super-resolution draws them larger"
+    torch.manual_seed(0)
+    big = PoseFreeGenerator(GeneratorConfig(channels=(8, 8, 8), plane_channels=4, decoder_hidden=8, features=8 if kind == "2x" else 3, render_resolution=16, samples=5, superresolution=kind)).start(0).requires_grad_(False).eval()
+    nets, config = Networks(big, Pixels, Pixels), paper()
+    w, target = big.mapping(big.draw(1)), torch.rand(1, 3, big.resolution, big.resolution)
+    for step in (200, 800):
+        total, parts, *_, view = objective(nets, config, target, w, torch.zeros(1, big.num_ws, big.config.w_dim), step)
+        assert {"rec", "id", "mv", "geo"} <= set(parts) and total.isfinite().all() and parts["mv"] > 0
+        assert view.rgb.shape[-1] == big.resolution // config.stages[0 if step < 400 else 1].shrink

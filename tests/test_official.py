@@ -1,5 +1,6 @@
 "Official weights: parity with recorded outputs of the public generator, snapshots that are followed and never run, and each published habit with its effect."
 import collections
+import contextlib
 import copy
 import io
 import json
@@ -8,33 +9,35 @@ import os
 import pickle
 import subprocess
 import sys
-import types
 import warnings
-from pathlib import Path
 
-import numpy as np
 import pytest
+import skimage.data
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from posefree_kit import cli, rendering
-from posefree_kit.camera import Pose, pose_of_position, rays
-from posefree_kit.checkpoints import import_official, load_generator, module_state, official_config, official_name, plane_axes_name, read_card, read_snapshot, save_checkpoint
+from posefree_kit import cli, optimiser, rendering
+from posefree_kit.camera import Pose, rays
+from posefree_kit.checkpoints import import_official, load_generator, module_state, official_config, plane_axes_name, read_card, read_snapshot, save_checkpoint
 from posefree_kit.core import InputError, config_from_dict, config_to_dict, sha256
 from posefree_kit.generator import GeneratorConfig, SuperResolution, render_eg3d, sample_planes_plain
-from posefree_kit.pose import PoseFreeGenerator, look_at_angles, look_at_pose
+from posefree_kit.optimiser import candidates, paper
+from posefree_kit.pose import look_at_angles, look_at_pose
 from posefree_kit.rendering import fine_depths_eg3d, march, march_eg3d, pooled_weights, softplus_density
 from posefree_kit.stylegan import ModConv
 
-REFERENCE = Path(os.environ.get("POSEFREE_REFERENCE") or Path(__file__).parents[2]/"shared/reference")
+from conftest import reference
+from snapshots import RIGHT, SHAPENET, SMALL, WRONG, official_state, options, snapshot
+
 IMAGE, PLANES, EXACT = 5e-4, 1e-4, 2e-6 # largest difference allowed
 
 class Reference:
     "One recorded configuration"
     def __init__(self, name):
-        folder = REFERENCE/name
+        folder = reference(name)
         self.io, self.options = load_file(folder/"io.safetensors"), json.loads((folder/"config.json").read_text())
         self.G = import_official(folder/"state.safetensors", folder/"config.json")
         self.k, self.size = self.io["in.intrinsics"], self.options["neural_rendering_resolution"]
@@ -58,7 +61,6 @@ class Reference:
 
 @pytest.fixture(scope="module", params=["ffhq128", "afhq512"])
 def ref(request):
-    if not (REFERENCE/request.param).is_dir(): pytest.skip("skipped: no reference")
     return Reference(request.param)
 
 def render(ref, pose, noise=None, planes=None, size=None, k=None):
@@ -217,7 +219,7 @@ def restated(s, o, z, k):
     i = torch.searchsorted(cdf, u, right=True)
     lo, hi = (i - 1).clamp(min=0), i.clamp(max=nc - 3)
     den = cdf.gather(-1, hi) - cdf.gather(-1, lo); den[den < 1e-5] = 1
-    z1 = bins.gather(-1, lo) + (u - cdf.gather(-1, lo)) / den * (bins.gather(-1, hi) - bins.gather(-1, lo))
+    z1 = (bins.gather(-1, lo) + (u - cdf.gather(-1, lo)) / den * (bins.gather(-1, hi) - bins.gather(-1, lo))).detach()
     raw1, c1 = field(z1)
     z, order = torch.cat([z0, z1], -1).sort(-1)
     raw, c = torch.cat([raw, raw1], -1).gather(-1, order), torch.cat([c, c1], -2).gather(-2, order[..., None].expand(*order.shape, 32))
@@ -232,27 +234,6 @@ def restated(s, o, z, k):
         clamp, noise = 256 if o["sr_num_fp16_res"] else None, r["superresolution_noise_mode"] == "const"
         for j, up in enumerate(ups): f, out = block(s, f"superresolution.block{j}", f, out, [w] * 3, bool(up), clamp, noise)
     return dict(w=w, pose=torch.stack([h, v], -1), radius=radius, planes=planes, image_raw=rgb, image=out, depth=depth.unflatten(-1, (n, n))[:, None], weight=seen.unflatten(-1, (n, n))[:, None])
-
-def options(sr="2X", size=128, render=16, **changes):
-    "A small official configuration; changes to rendering_kwargs"
-    r = dict(superresolution_module=f"training.superresolution.SuperresolutionHybrid{sr}" if sr else None, clamp_mode="softplus", superresolution_noise_mode="none", decoder_lr_mul=1, sr_antialias=True, wrong=True, image_resolution=size,
-             depth_resolution=9, depth_resolution_importance=7, ray_start=2.25, ray_end=3.3, box_warp=1, avg_camera_radius=2.7, avg_camera_pivot=[0, 0, .2], h_mean=math.pi / 2) | changes
-    return dict(z_dim=12, c_dim=25, w_dim=12, img_resolution=size, img_channels=3, sr_num_fp16_res=4, mapping_kwargs=dict(num_layers=2, linear_pose=False, lr_multiplier=.01, lr_multiplier_pose=.01), rendering_kwargs=r,
-                sr_kwargs=dict(w_dim=12), channel_base=512, channel_max=6, num_fp16_res=0, conv_clamp=None, neural_rendering_resolution=render)
-
-SHAPENET = dict(white_back=True, ray_start=.1, ray_end=2.6, box_warp=1.6, avg_camera_radius=1.7, avg_camera_pivot=[0, 0, 0], h_mean=math.pi, clamp_h=(0, 2 * math.pi), clamp_v=(0, 3.1415926))
-
-def official_state(o, seed=0):
-    "A state dict of official names with random, non-trivial values"
-    torch.manual_seed(seed)
-    G, g = PoseFreeGenerator(official_config(o)), torch.Generator().manual_seed(seed)
-    s = {official_name(k): v.clone() for k, v in G.state_dict().items()}
-    for k, v in s.items():
-        if k.endswith(("bias", "noise_strength", "w_avg")): v.add_(torch.randn(v.shape, generator=g) * (3. if "affine_layer" in k else .3))
-    s["decoder.net.2.weight"][0] = 3 * (s["decoder.net.2.weight"][0] - s["decoder.net.2.weight"][0].mean()); s["decoder.net.2.bias"][0] = 2 / (o["rendering_kwargs"]["ray_end"] - o["rendering_kwargs"]["ray_start"])
-    tap = torch.tensor([1., 3, 3, 1]) / 8
-    blocks = {k.rsplit(".", 2)[0] for k in s if k.endswith("torgb.weight")}
-    return s | {f"{b}{m}.resample_filter": torch.outer(tap, tap) for b in blocks for m in ("", ".conv0", ".conv1") if not m or f"{b}{m}.weight" in s}
 
 CASES = {"four times, three planes": options("4X", 256, 24, wrong=False), "ShapeNet": options("2X", 128, 64, **SHAPENET), "no super-resolution, AFHQ": options(None, 24, 24, avg_camera_pivot=[0, 0, -.06], superresolution_noise_mode="none"),
          "eight times, noise, shrunk": options("2X", 128, 72, superresolution_noise_mode="const", sr_antialias=False, wrong=False), "eight times": options("8X", 512, 12),
@@ -278,58 +259,38 @@ def test_the_rules_restated(name):
     assert away(view.depth[there], want["depth"][there]) < 2 * IMAGE and view.rgb_raw.std() > .01 and view.rgb.shape[-1] == (o["img_resolution"] if G.superres else 24)
     assert .02 < want["weight"].mean() < .98                                   # neither empty nor a wall: the test sees something
 
+@contextlib.contextmanager
+def doubles():
+    "Everything in double precision: in single, one sample that rounding moves across a pixel of a rough plane changes a gradient by per cents, in either implementation"
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(torch.Tensor, "float", lambda self: self.double())
+        torch.set_default_dtype(torch.float64)
+        try: yield
+        finally: torch.set_default_dtype(torch.float32)
+
+@pytest.mark.parametrize("name", ["four times, three planes", "ShapeNet", "CompCars, radius learnt"])
+def test_the_rules_restated_in_double_precision_and_their_gradient(name):
+    "The image, and the gradient of a weighted sum of it with respect to z: through mapping, pose, planes, march and super-resolution"
+    o = copy.deepcopy(CASES[name]); o["neural_rendering_resolution"] = 8
+    s = official_state(o)
+    G, s = import_official(s, o).double(), {k: v.double() for k, v in s.items()}
+    z = torch.randn(1, 12, generator=torch.Generator().manual_seed(6)).double()
+    with doubles():
+        k, a, b = torch.tensor([[G.config.focal, 0, .5], [0, G.config.focal, .5], [0, 0, 1]]), z.clone().requires_grad_(), z.clone().requires_grad_()
+        w = G.mapping(a)
+        image, want = G.render(G.planes(w), G.pose(w)).rgb, restated(s, o, b, k)["image"]
+        weight = torch.randn(image.shape, generator=torch.Generator().manual_seed(7)) / image.numel() ** .5
+        (g,), (g_want,) = torch.autograd.grad((image * weight).sum(), a), torch.autograd.grad((want * weight).sum(), b)
+    assert image.dtype == torch.float64 and (image - want).abs().max() < 1e-5
+    assert g.isfinite().all() and g_want.abs().max() > .1 and (g - g_want).abs().max() < 1e-5 * g_want.abs().max()
+
 # Snapshots: followed, never run
 
-def stand_ins(monkeypatch):
-    "Modules and classes with the official names, that do nothing: to write a snapshot as the official code would"
-    def persistent(obj): return obj._reconstruct, (dict(type="class", version=6, module_src="raise SystemExit('the source was executed')", class_name=type(obj).__name__, state=obj.__dict__),)
-    def _reconstruct_persistent_obj(meta): raise SystemExit("the official loader was called")
-    def module(name, **what):
-        m = types.ModuleType(name); monkeypatch.setitem(sys.modules, name, m)
-        for k, v in what.items():
-            setattr(m, k, v)
-            if hasattr(v, "__module__"): v.__module__, v.__qualname__ = name, k
-        return m
-    make = lambda name, base=object, **d: type(name, (base,), d)
-    for package in ("torch_utils", "training", "dnnlib"): module(package)
-    module("torch_utils.persistence", _reconstruct_persistent_obj=_reconstruct_persistent_obj)
-    Layer = make("FullyConnectedLayer", _reconstruct=staticmethod(_reconstruct_persistent_obj), __reduce__=persistent)
-    Gen = make("TriPlaneGeneratorPose", _reconstruct=staticmethod(_reconstruct_persistent_obj), __reduce__=persistent)
-    Renderer, EasyDict = make("ImportanceRenderer"), make("EasyDict", dict)
-    module("training.volumetric_rendering.renderer", ImportanceRenderer=Renderer); module("training.volumetric_rendering")
-    module("training.networks_stylegan2", FullyConnectedLayer=Layer); module("training.triplane_autopose", TriPlaneGeneratorPose=Gen)
-    module("dnnlib.util", EasyDict=EasyDict)
-    return types.SimpleNamespace(Layer=Layer, Gen=Gen, Renderer=Renderer, EasyDict=EasyDict)
-
-WRONG = torch.tensor([[[1., 0, 0], [0, 1, 0], [0, 0, 1]], [[1, 0, 0], [0, 0, 1], [0, 1, 0]], [[0, 0, 1], [1, 0, 0], [0, 1, 0]]]) # published frames
-RIGHT = WRONG.clone(); RIGHT[2] = torch.tensor([[0., 0, 1], [0, 1, 0], [1, 0, 0]])
-
-def snapshot(monkeypatch, state, o, axes=WRONG):
-    "A snapshot in the official layout"
-    cls = stand_ins(monkeypatch)
-    def fill(x, **more):
-        x.__dict__.update(training=False, _parameters=collections.OrderedDict(), _buffers=collections.OrderedDict(), _modules=collections.OrderedDict(), _non_persistent_buffers_set=set(), **more); return x
-    def net(kwargs):
-        root = fill(cls.Gen(), _init_args=(), _init_kwargs=cls.EasyDict({k: v for k, v in kwargs.items() if k != "neural_rendering_resolution"}), rendering_kwargs=kwargs["rendering_kwargs"], neural_rendering_resolution=np.int64(kwargs["neural_rendering_resolution"]))
-        for name, v in state.items():
-            node = root
-            for part in name.split(".")[:-1]: node = node._modules.setdefault(part, None) or node._modules.__setitem__(part, fill(cls.Layer())) or node._modules[part]
-            leaf = name.split(".")[-1]
-            if leaf in ("resample_filter", "noise_const", "w_avg"): node._buffers[leaf] = v
-            else: node._parameters[leaf] = torch.nn.Parameter(v)
-        root._modules["renderer"] = fill(cls.Renderer(), plane_axes=axes)
-        root._modules["renderer"]._buffers["passing"] = torch.zeros(3); root._modules["renderer"]._non_persistent_buffers_set.add("passing")
-        root._modules["superresolution"] = root._modules.get("superresolution")
-        return root
-    return dict(G=None, D=None, G_ema=net(o), training_set_kwargs=cls.EasyDict(resolution=o["img_resolution"], note="é".encode("latin1"), p=np.float64(.25)), augment_pipe=None)
-
-SMALL = options("2X", 128, 16)
-
 @pytest.mark.parametrize("protocol", [2, 4])
-def test_a_snapshot_is_read_to_an_identical_state_dict(monkeypatch, tmp_path, protocol):
+def test_a_snapshot_is_read_to_an_identical_state_dict(tmp_path, protocol):
     state, path = official_state(SMALL), tmp_path/"network-snapshot.pkl"
-    path.write_bytes(pickle.dumps(snapshot(monkeypatch, state, SMALL, RIGHT), protocol))
-    for name in [m for m in sys.modules if m.split(".")[0] in ("torch_utils", "training", "dnnlib")]: monkeypatch.delitem(sys.modules, name)
+    path.write_bytes(snapshot(state, SMALL, RIGHT, protocol))
+    assert not [m for m in sys.modules if m.split(".")[0] in ("torch_utils", "training", "dnnlib")]
     data = read_snapshot(path)
     got = module_state(data["G_ema"])
     assert set(got) == set(state) and all(torch.equal(got[k], state[k]) for k in state)
@@ -338,6 +299,35 @@ def test_a_snapshot_is_read_to_an_identical_state_dict(monkeypatch, tmp_path, pr
     want = import_official(state, SMALL | dict(rendering_kwargs=SMALL["rendering_kwargs"] | dict(wrong=False)))
     assert G.config == want.config and G.config.plane_axes == "xyz" and all(torch.equal(a, b) for a, b in zip(G.state_dict().values(), want.state_dict().values()))
     assert G.source["sha256"] == sha256(path) and G.source["network"] == "G_ema" and not any(p.requires_grad for p in G.parameters())
+
+def test_the_discriminator_stays_in_the_snapshot_and_inversion_does_without(tmp_path):
+    path = tmp_path/"with-judge.pkl"
+    o = options("2X", 128, 8)
+    path.write_bytes(snapshot(official_state(o), o, judge=True))
+    G = import_official(path)
+    assert G.source["left_in_the_snapshot"] == {"D": "DualDiscriminator"} and G.reader is None
+    assert set(module_state(read_snapshot(path)["D"])) == {"b4.fc.weight", "b4.fc.bias"}                 # there for whoever knows what it means
+    with pytest.raises(InputError, match="expected a discriminator"): G.read_pose(torch.zeros(1, 3, 128, 128))
+    target = G.sample(1, 3)[1].rgb.clamp(-1, 1)
+    w = candidates(G, target, paper(candidates=6, starts=3))
+    assert w.shape == (1, 3, 12) and torch.equal(w[:, -1], G.w_avg[None]) and w.isfinite().all()
+
+def test_from_a_snapshot_and_a_photograph_to_a_reconstruction(monkeypatch, tmp_path):
+    "The steps of the tutorial, in a shell"
+    monkeypatch.setitem(optimiser.PRESETS, "paper", lambda **changes: paper(**{**dict(candidates=4, starts=1, start_steps=0), **changes}))
+    o = options("2X", 128, 8)
+    (tmp_path/"network.pkl").write_bytes(snapshot(official_state(o), o, judge=True))
+    Image.fromarray(skimage.data.astronaut()).save(tmp_path/"astronaut.png")
+    run = lambda *a: CliRunner().invoke(cli.app, [str(x) for x in a])
+    r = run("import-official", tmp_path/"network.pkl", tmp_path/"faces.safetensors")
+    assert r.exit_code == 0 and "DualDiscriminator" in r.stderr, r.stderr
+    call = ["invert", tmp_path/"astronaut.png", "--out", tmp_path/"out", "--generator", tmp_path/"faces.safetensors", "--preset", "paper", "--align", "--steps", 2, "--device", "cpu", "--no-progress", "--no-mesh", "--no-video"]
+    r = run(*call)
+    assert r.exit_code == 0 and "FFHQ's is used" in r.stderr, r.stderr                                   # random weights draw no faces to measure
+    report = json.loads((tmp_path/"out"/"astronaut"/"report.json").read_text())
+    assert report["preset"] == "paper" and [s["shrink"] for s in report["stages"]] == [2, 1] and report["generator"]["resolution"] == 128
+    assert Image.open(tmp_path/"out"/"astronaut"/"reconstruction.png").size == (128, 128)
+    r = run(*call, "--overwrite", "--framing", "square"); assert r.exit_code == 2 and "auto, portraits, ffhq" in r.stderr
 
 def test_the_published_planes_are_recognised():
     assert plane_axes_name(WRONG) == "eg3d" and plane_axes_name(RIGHT) == "xyz"
@@ -396,9 +386,9 @@ def test_nothing_handed_out_keeps_what_a_pickle_sets_on_it(what, tmp_path):
     import torch._utils
     assert not hasattr(torch._utils._rebuild_tensor_v2, "f") and not hasattr(collections.OrderedDict, "f")
 
-def test_damaged_and_foreign_snapshots(tmp_path, monkeypatch):
+def test_damaged_and_foreign_snapshots(tmp_path):
     path = tmp_path/"x.pkl"
-    good = pickle.dumps(snapshot(monkeypatch, official_state(SMALL), SMALL))
+    good = snapshot(official_state(SMALL), SMALL)
     for content in (b"", good[:1000], good[:-1000], b"not a pickle", pickle.dumps([1]), pickle.dumps(dict(G_ema=None)), pickle.dumps({}), b"\x80\x04]" + b"(" * 200 + b"."):
         path.write_bytes(content)
         with pytest.raises(InputError, match="x.pkl"): import_official(path)
@@ -424,7 +414,8 @@ def test_missing_left_over_and_misshapen_tensors_are_named():
 
 @pytest.mark.parametrize("text,change", [("background NeRF", dict(bg_kwargs=dict(num_bg_pts=4))), ("superresolution_module", dict(rendering_kwargs=dict(superresolution_module="a.Other"))), ("linear_pose", dict(mapping_kwargs=dict(linear_pose=True))),
                                          ("uniform_sampling", dict(mapping_kwargs=dict(uniform_sampling=True))), ("clamp_mode", dict(rendering_kwargs=dict(clamp_mode="relu"))), ("disparity", dict(rendering_kwargs=dict(disparity_space_sampling=True))),
-                                         ("ray_start", dict(rendering_kwargs=dict(ray_start="auto"))), ("img_resolution", dict(img_resolution=256)), ("sr_kwargs", dict(sr_kwargs=dict(w_dim=3))), ("backbone_noise_mode", dict(backbone_noise_mode="none"))])
+                                         ("ray_start", dict(rendering_kwargs=dict(ray_start="auto"))), ("img_resolution", dict(img_resolution=256)), ("sr_kwargs", dict(sr_kwargs=dict(w_dim=3))), ("backbone_noise_mode.*no other noise", dict(backbone_noise_mode="loud")),
+                                         ("superresolution_noise_mode.*no other noise", dict(rendering_kwargs=dict(superresolution_noise_mode="loud"))), ("cam_dim.*2 or 3", dict(mapping_kwargs=dict(cam_dim=4)))])
 def test_what_cannot_be_honoured_is_refused_by_name(text, change):
     o = copy.deepcopy(SMALL)
     for k, v in change.items(): o[k] = o[k] | v if isinstance(v, dict) and isinstance(o.get(k), dict) else v
@@ -540,6 +531,35 @@ def test_kept_noise_is_part_of_the_picture():
     pose = G.pose(ws[:, 0])
     with torch.no_grad(): a, b = G.view(ws, pose), loud.view(ws, pose)
     assert torch.equal(a.rgb_raw, b.rgb_raw) and (a.rgb - b.rgb).abs().max() > .05
+
+def test_noise_modes():
+    s = official_state(SMALL)
+    G, still = import_official(s, SMALL), import_official(s, SMALL | dict(backbone_noise_mode="none"))
+    ws = G.expand_ws(G.mapping(G.draw(1)))
+    assert torch.equal(still.synthesis(ws), G.synthesis(ws, noise=False)) and not torch.equal(still.synthesis(ws), G.synthesis(ws))
+    with pytest.warns(UserWarning, match="the stored noise is used"): drawn = import_official(s, SMALL | dict(backbone_noise_mode="random"))
+    assert torch.equal(drawn.synthesis(ws), G.synthesis(ws)) and "backbone_noise_mode" in drawn.source["notes"][0]
+    with pytest.warns(UserWarning, match="superresolution_noise_mode"): assert official_config(SMALL | dict(rendering_kwargs=SMALL["rendering_kwargs"] | dict(superresolution_noise_mode="random"))).superres_noise
+
+def test_pose_means_and_limits():
+    s = official_state(SMALL)
+    render = lambda **k: import_official(s, SMALL | dict(rendering_kwargs=SMALL["rendering_kwargs"] | k))
+    G = render()
+    w = G.mapping(G.draw(64))
+    angles = lambda G: look_at_angles(G.pose_learner.out(G.pose_learner.hidden(w)), G.config)
+    free = angles(G)
+    assert free[:, 0].std() > .01 and free[:, 1].std() > .01
+    assert torch.allclose(angles(render(h_mean=math.pi)) - free, torch.tensor([math.pi / 2, 0.]).expand(64, 2), atol=1e-5)
+    low, high = free.quantile(.3, 0), free.quantile(.7, 0)
+    both = angles(render(clamp_h=(float(low[0]), float(high[0])), clamp_v=(float(low[1]), float(high[1]))))
+    assert torch.allclose(both, free.clamp(low, high), atol=1e-6) and not torch.allclose(both, free, atol=1e-3)
+    assert render(clamp_v=(-9., 9.)).config.pose_clamp[1] == (1e-5, math.pi - 1e-5)                       # clamp_v always stays off the poles
+
+def test_the_4x_module_never_shrinks():
+    "Public super-resolution at more rays than its input size: 4x keeps them, the others resize"
+    x = torch.rand(1, 6, 136, 136, generator=torch.Generator().manual_seed(0))
+    for kind, size in (("4x", 272), ("8x", 512), ("2x", 128)):
+        with torch.no_grad(): assert SuperResolution(kind, 6, 4)(x[:, :3], x, torch.ones(1, 4)).shape[-1] == size
 
 def test_clamps_cut_where_they_say():
     conv = lambda gain: ModConv(4, 4, 4, clamp=256., clamp_gain=gain).requires_grad_(False)

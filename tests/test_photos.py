@@ -1,6 +1,7 @@
 "Faces in photographs: found, levelled, cut out; whatever is not a face is refused in one line."
 import math
 
+import numpy as np
 import pytest
 import skimage.data
 import torch
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 
 from posefree_kit.camera import Pose
 from posefree_kit.core import InputError
-from posefree_kit.photos import BEHIND, EYE_DISTANCE, EYES_TO_MOUTH, LIFT, align_face, cut_out, find_faces, outline, plain_background, rotation, similarity
+from posefree_kit.photos import BEHIND, EYE_DISTANCE, EYES_TO_MOUTH, LIFT, TURNED, align_face, cut_out, eye_spread, ffhq_framing, find_faces, measured_framing, outline, plain_background, rotation, similarity
 from posefree_kit.portraits import portrait_batch
 
 MIDDLE = torch.tensor([255.5, 255.5])
@@ -41,6 +42,15 @@ def test_portraits_are_framed_already():
     for x in made.image:
         centre, side, roll = similarity((find_faces(x[None])[0].landmarks + .5) / 96)
         assert (centre - .5).abs().max() < .08 and abs(side - 1) < .12 and abs(math.degrees(roll)) < 7
+
+def test_a_strongly_turned_face_is_told(astronaut):
+    assert not align_face(astronaut, 64).warnings and eye_spread(find_faces(astronaut)[0].landmarks) > TURNED
+    for yaw, told in ((0., 0), (30., 0), (60., 2)):
+        faces = [align_face(x[None], 96) for x in portrait_batch(range(220, 223), 96, Pose.deg(yaw)).image if find_faces(x[None])]
+        found = sum(any("strongly turned" in w for w in f.warnings) for f in faces)
+        assert len(faces) >= 2 and (found >= told if told else found == 0)
+    points = torch.tensor([[0., 0.], [3., 0.], [1.5, 2.], [.5, 4.], [2.5, 4.]])
+    assert eye_spread(points) == pytest.approx(.75) and eye_spread(points * 7 @ rotation(.5).T) == pytest.approx(.75)
 
 def test_small_pictures_work():
     assert len(find_faces(portrait_batch([7], 48, Pose.deg(0.)).image)) == 1
@@ -86,3 +96,29 @@ def test_plain_background_keeps_the_face():
     y = plain_background(x)
     assert torch.equal(y[..., 20:44, 24:40], x[..., 20:44, 24:40]) and (y[..., :4, :4] - y[..., :1, :1]).abs().max() < 1e-6
     assert 0 <= outline(32).min() and outline(32).max() <= 1
+
+def test_ffhq_framing_is_the_printed_recipe():
+    "Karras et al. 2018, Appendix C, in its own letters"
+    for seed in range(5):
+        e0, e1, nose, m0, m1 = p = np.random.default_rng(seed).normal(size=(5, 2)) * 8 + np.array([[0, 0], [40, 0], [20, 20], [5, 45], [35, 45]])
+        x, y = e1 - e0, (e0 + e1) / 2 - (m0 + m1) / 2
+        axis = x - np.array([y[1], -y[0]])                                       # Rotate90
+        centre, side, roll = ffhq_framing(torch.tensor(p, dtype=torch.float32))
+        assert np.allclose(centre, (e0 + e1) / 2 - .1 * y, atol=1e-4) and side == pytest.approx(max(4 * np.hypot(*x), 3.6 * np.hypot(*y)), rel=1e-5)
+        assert roll == pytest.approx(math.atan2(axis[1], axis[0]), abs=1e-5)
+
+def test_another_frame_cuts_as_it_says(astronaut):
+    a = align_face(astronaut, 160, framing=ffhq_framing)
+    assert not torch.allclose(a.corners, align_face(astronaut, 160).corners, atol=5)
+    centre, side, roll = ffhq_framing((find_faces(a.image)[0].landmarks + .5) / 160)  # the crop, framed again, is itself
+    assert abs(side - 1) < .06 and (centre - .5).abs().max() < .04 and abs(math.degrees(roll)) < 3
+
+def test_a_frame_is_measured_from_pictures():
+    pictures = portrait_batch(torch.arange(6), 128, Pose.deg(0.)).image
+    for base in (ffhq_framing, similarity):
+        framing, shift, factor, count = measured_framing(pictures, base)
+        cuts = [framing((find_faces(x[None])[0].landmarks + .5) / 128) for x in pictures]
+        assert count == 6 and abs(np.mean([s for _, s, _ in cuts]) - 1) < .04 and (torch.stack([c for c, *_ in cuts]).mean(0) - .5).abs().max() < .03
+        if base is similarity: assert abs(factor - 1) < .08 and shift.abs().max() < .05  # our own recipe needs little
+        else: assert abs(factor - 1) > .08                                       # FFHQ's is another frame
+    with pytest.raises(InputError, match="4 at least, got 0"): measured_framing(torch.rand(4, 3, 64, 64) * .1)

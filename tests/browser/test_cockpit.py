@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 import urllib.request
-from pathlib import Path
 
 import nbformat
 import pytest
@@ -18,7 +17,6 @@ from tree import ROOT, private_jupyter
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 PICTURES = ROOT/"out"/"browser" # the screenshots, kept as artefacts
 CELLS = ("""import json
-from pathlib import Path
 from posefree_kit import viewer
 from posefree_kit.camera import Pose
 from posefree_kit.checkpoints import load_generator

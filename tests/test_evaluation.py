@@ -1,0 +1,300 @@
+"The measuring instrument: every figure at its limit, sets that never change, rows that survive, means that can be recomputed, and anybody's pictures."
+import csv
+import dataclasses
+import json
+import math
+import statistics
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from posefree_kit import cli, optimiser
+from posefree_kit.camera import FOCAL, Pose
+from posefree_kit.checkpoints import save_checkpoint
+from posefree_kit.core import InputError, load_image, rng, save_image, save_json
+from posefree_kit.discriminator import Discriminator, DiscriminatorConfig
+from posefree_kit.evaluation import ABLATIONS, MEASURES, OFFSETS, SELF, SETS, Answer, Busy, Judges, RowFile, answer, attempt, benchmark, differences, evaluate, image_metrics, interval, means, \
+    normal_error, one_of, own_truth, paired, portrait_truth, pose_errors, protocol, read_rows, read_views, report, resolve, score, score_views, set_seeds, table, verdict, write_views
+from posefree_kit.generator import GeneratorConfig
+from posefree_kit.optimiser import DivergedError, Inversion, quick
+from posefree_kit.portraits import STYLES, draw, portrait_batch
+from posefree_kit.pose import PoseFreeGenerator
+from tree import ROOT
+
+SHORT = quick(stages=(optimiser.Stage(2, 2, .02, False), optimiser.Stage(2, 1, .01, True)), starts=2, start_steps=1, candidates=8)
+
+@pytest.fixture(scope="module")
+def G():
+    torch.manual_seed(0)
+    G = PoseFreeGenerator(GeneratorConfig(channels=(16, 16, 16), plane_channels=8, decoder_hidden=16, render_resolution=16, samples=8)).start()
+    G.set_reader(Discriminator(DiscriminatorConfig(channels=(8, 8, 8))).eval())
+    G.name, G.sha256 = "small", "0123456789abcdef"
+    return G.requires_grad_(False).eval()
+
+def known(G, w) -> Inversion:
+    "An inversion that found w"
+    pose = G.pose(w)
+    return Inversion(w, torch.zeros(len(w), G.num_ws, w.shape[-1]), G.expand_ws(w), pose, G.view(w, pose), [], {}, None)
+
+def mean_face(image, generator, config, callback=None): return known(generator, generator.w_avg.expand(len(image), -1))
+
+# Pictures
+
+def test_identical_pictures_are_at_the_limit_of_every_figure():
+    x = portrait_batch(torch.arange(10_000_000, 10_000_003), 32).image
+    m = image_metrics(x, x)
+    assert m["mse"] == m["mse_01"] == [0, 0, 0] and m["psnr"] == [120] * 3 and m["ssim"] == m["ms_ssim"] == m["id"] == [1] * 3
+    assert max(m["ms_ssim_dist"] + m["pdist"]) < 1e-5
+
+def test_a_known_difference_gives_the_known_number():
+    x = torch.rand(2, 3, 32, 32, generator=rng(0)) - .5
+    m = image_metrics(x + .2, x)
+    for got, want in (("mse", .04), ("mse_01", .01), ("psnr", 20.)): assert m[got] == pytest.approx([want] * 2, abs=1e-4)
+    x = portrait_batch([7], 32).image
+    shifted = [image_metrics(x.roll(k, -1), x) for k in (0, 1, 3)]
+    for k in ("mse", "ms_ssim_dist", "pdist"): assert shifted[0][k][0] < shifted[1][k][0] < shifted[2][k][0], k
+    for k in ("psnr", "ssim", "ms_ssim"): assert shifted[0][k][0] > shifted[1][k][0] > shifted[2][k][0], k
+
+def test_scales_follow_the_size_and_nothing_is_measured_above_256():
+    for size, scales in ((16, 1), (64, 3), (176, 5)): assert image_metrics(*[torch.zeros(1, 3, size, size)] * 2, Judges())["ms_ssim_scales"] == [scales]
+    x = torch.rand(1, 3, 512, 512, generator=rng(0)) * 2 - 1
+    assert image_metrics(x, 0 * x, Judges())["mse"][0] == pytest.approx(float(torch.nn.functional.avg_pool2d(x, 2).square().mean()), abs=1e-5)
+
+def test_lpips_and_pdist_never_stand_in_for_each_other():
+    class One:
+        name, distance = "one", staticmethod(lambda a, b: torch.ones(len(a)))
+    x = torch.zeros(1, 3, 32, 32)
+    assert {k: image_metrics(x, x, Judges(lpips=One))[k] for k in ("lpips", "pdist", "id")} == dict(lpips=[1], pdist=[None], id=[None])
+    assert {k: image_metrics(x, x, Judges(perceptual=One))[k] for k in ("lpips", "pdist")} == dict(lpips=[None], pdist=[1])
+    told = protocol(Judges(perceptual=One), 512)
+    assert told["measures"]["pdist"]["network"] == "one" and told["measures"]["lpips"]["network"] is None and told["resolution"] == 256
+
+def test_a_judge_that_the_loss_used_is_refused(G):
+    with pytest.raises(InputError, match="portrait-eval in both"): evaluate(mean_face, SELF, G, quick(identity="portrait-eval"), n=1, progress=False)
+
+# Shape and pose
+
+@pytest.mark.parametrize("deg", [0, 10, 30, 50])
+def test_normals_of_tilted_planes(deg):
+    u = (torch.arange(32) + .5) / 32 - .5
+    ray = (1 + (u[None] / FOCAL).square() + (u[:, None] / FOCAL).square()).sqrt()
+    plane = lambda slope: (2.7 / (1 - slope * u / FOCAL) * ray)[None, None]
+    level, tilted, all_ = plane(0.), plane(math.tan(math.radians(deg))), torch.ones(1, 1, 32, 32)
+    assert float(normal_error(tilted, level, all_)) == pytest.approx(deg, abs=.01) and float(normal_error(tilted.mT, level, all_)) == pytest.approx(deg, abs=.01)
+    assert float(normal_error(tilted, tilted, all_)) < 1e-3 and normal_error(level, level, 0 * all_).isnan().all()
+
+def test_the_truth_itself_is_perfect_and_a_shift_is_seen():
+    t = portrait_truth(tuple(set_seeds("portraits-extreme", 1)), 16)
+    a = Answer(t.image, {o: t.turned(o) for o in OFFSETS}, t.depth, t.mask, t.pose)
+    for r in score(a, t):
+        assert r["psnr"] == r["novel_psnr"] == 120 and r["novel_id"] == r["depth_corr"] == 1 and r["depth_rmse"] < 1e-5 and r["normal_deg"] < 1e-3 and r["depth_std"] == r["true_depth_std"]
+    other = dataclasses.replace(a, views={o: v.roll(1, -1) for o, v in a.views.items()}, depth=t.depth.flip(-1))
+    for r in score(other, t): assert r["psnr"] == 120 and r["novel_psnr_-15"] < 30 and r["normal_deg"] > 10 and r["depth_corr"] < .99
+
+def test_true_novel_views_are_at_true_yaw_and_ours_at_found_yaw(G):
+    t = portrait_truth((10_100_000,), 16)
+    side = portrait_batch([10_100_000], 16, poses=Pose(t.pose.yaw + math.radians(30), t.pose.pitch)).image
+    assert torch.equal(t.turned(30), side)
+    inv = known(G, G.mapping(G.draw(1, 5)))
+    assert torch.equal(answer(inv, G).views[-45], G.render(G.planes(inv.ws), Pose(inv.pose.yaw - math.radians(45), inv.pose.pitch)).rgb)
+
+def test_a_tuned_generator_renders_its_own_views(G):
+    import copy
+    H = copy.deepcopy(G)
+    with torch.no_grad():
+        for p in H.decoder.parameters(): p.mul_(1.5)
+    inv = known(G, G.mapping(G.draw(1, 5)))
+    inv.generator = H
+    assert torch.equal(answer(inv, G).views[15], H.render(H.planes(inv.ws), Pose(inv.pose.yaw + math.radians(15), inv.pose.pitch)).rgb) and not torch.equal(answer(inv, G).views[15], answer(known(G, inv.w), G).views[15])
+
+def test_own_samples_are_known_exactly(G):
+    seeds = set_seeds(SELF, 3)
+    t = own_truth(seeds, G)
+    assert torch.allclose(own_truth(seeds[1:2], G).image[0], t.image[1], atol=1e-5)
+    for r in score(answer(known(G, t.w), G), t): assert r["psnr"] > 80 and r["novel_psnr"] > 80 and r["w_dist"] == 0 and r["depth_corr"] > .999
+    assert score(answer(known(G, G.w_avg.expand(3, -1)), G), t)[0]["w_dist"] == 1
+    start = torch.randn(512, G.config.z_dim, generator=rng(SHORT.seed))
+    assert torch.cdist(torch.cat([G.draw(1, s) for s in seeds]), start).min() > 1, "the start search draws the very samples"
+
+def test_pose_errors_after_one_rotation_and_none_for_own_samples():
+    true = Pose.of(torch.randn(6, 2, generator=rng(0)) * .3).degrees().tolist()
+    row = lambda i, off, name: dict(set=name, method="m", image=i, yaw_deg=true[i][0] + off, pitch_deg=true[i][1], true_yaw_deg=true[i][0], true_pitch_deg=true[i][1])
+    turned = pose_errors([row(i, 15, "portraits-easy") for i in range(6)])
+    own = pose_errors([row(0, 15, SELF)])
+    assert max(r["pose_yaw_deg"] for r in turned) < .1 and own[0]["pose_yaw_deg"] == pytest.approx(15, abs=1e-3)
+    assert "pose_yaw_deg" not in pose_errors([row(i, 0, "portraits-easy") for i in range(2)])[0], "two images are too few to fit a frame on the others"
+
+# Sets
+
+def test_sets_are_what_they_say_and_never_change():
+    first = {"portraits-easy": 10100000, "portraits-extreme": 10200005, "portraits-asymmetric": 10300000, "portraits-occluded": 10400006, "portraits-written": 10500004}
+    seeds = {name: set_seeds(name) for name in SETS}
+    assert {k: v[0] for k, v in seeds.items()} == first and sum(map(len, seeds.values())) == len(set().union(*seeds.values())) == 160 and min(map(min, seeds.values())) >= 10_000_000
+    drawn = {k: draw(torch.tensor(v), torch.zeros(len(v), dtype=torch.long)) for k, v in seeds.items()}
+    yaw = {k: torch.rad2deg(p["yaw"]).abs() for k, (p, *_) in drawn.items()}
+    assert yaw["portraits-easy"].max() < 20 and yaw["portraits-extreme"].min() >= 30 and yaw["portraits-extreme"].max() <= 60
+    style = {k: {group: [list(STYLES[group])[i] for i in chosen] for group, chosen in s.items()} for k, (_, s, _) in drawn.items()}
+    assert "none" not in style["portraits-asymmetric"]["mark"] and set(style["portraits-asymmetric"]["hair"]) <= {"parted", "swept", "sidelong"}
+    assert all(g != "none" or h != "none" for g, h in zip(style["portraits-occluded"]["glasses"], style["portraits-occluded"]["hat"])) and set(style["portraits-written"]["text"]) == {"marked"}
+    assert set_seeds("portraits-written", 5) == seeds["portraits-written"][:5]
+    with pytest.raises(InputError, match="expected a set among"): set_seeds("portraits-pretty")
+
+# Rows
+
+def test_a_cut_file_goes_on_where_it_stopped(G, tmp_path):
+    asked = []
+    def method(image, *rest): asked.append(len(image)); return mean_face(image, *rest)
+    ask = lambda **kw: evaluate(method, SELF, G, SHORT, n=4, batch=2, out=tmp_path/"r.jsonl", progress=False, **kw)
+    whole = ask()
+    assert asked == [2, 2] and [r["image"] for r in whole] == set_seeds(SELF, 4)
+    lines = (tmp_path/"r.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path/"r.jsonl").write_bytes(b"".join(lines[:2]) + lines[2][:40])
+    with pytest.raises(InputError, match="--resume goes on"): ask()
+    again = ask(resume=True)
+    same = lambda rows: [{k: v for k, v in r.items() if k not in ("seconds", "peak_mb")} for r in rows]
+    assert asked == [2, 2, 2] and same(again) == same(whole) == same(read_rows(tmp_path/"r.jsonl"))
+    assert ask(resume=True) == again and asked == [2, 2, 2]
+    with pytest.raises(InputError, match="give another file"): evaluate(method, SELF, G, dataclasses.replace(SHORT, seed=1), n=4, out=tmp_path/"r.jsonl", resume=True, progress=False)
+    (tmp_path/"r.jsonl").write_bytes(b"{broken}\n" + lines[0])
+    with pytest.raises(InputError, match="line 1: expected a row"): ask(resume=True)
+
+def test_one_process_at_a_time_writes_a_file(tmp_path):
+    with RowFile(tmp_path/"r.jsonl"):
+        with pytest.raises(Busy): RowFile(tmp_path/"r.jsonl", resume=True)
+    RowFile(tmp_path/"r.jsonl").__exit__()
+
+def test_a_part_that_another_process_has_is_left_to_it(G, tmp_path):
+    rows = benchmark(G, tmp_path, sets=["self"], config=SHORT, n=1, progress=False)
+    part = next((tmp_path/"rows").glob("*.jsonl"))
+    notes = []
+    with RowFile(part, resume=True): benchmark(G, tmp_path, sets=["self"], config=SHORT, n=2, resume=True, progress=False, say=notes.append)
+    assert len(rows) == 1 and len(read_rows(tmp_path/"rows.jsonl")) == 1 and "another process" in notes[0]
+
+def test_failures_are_counted_and_cost_nobody_else(G):
+    t = own_truth(set_seeds(SELF, 4), G)
+    def method(image, *rest):
+        if any(torch.allclose(x, t.image[2], atol=1e-4) for x in image): raise DivergedError("rec is not finite", None)
+        return mean_face(image, *rest)
+    rows = evaluate(method, SELF, G, SHORT, n=4, batch=4, progress=False)
+    assert [bool(r.get("error")) for r in rows] == [False, False, True, False] and "not finite" in rows[2]["error"] and "psnr" not in rows[2]
+    m = means(rows)[0]
+    assert (m["n"], m["failed"]) == (3, 1) and "|3|1|" in table(rows) and "DivergedError" in report(rows)
+    def nan(image, *rest): inv = mean_face(image, *rest); return dataclasses.replace(inv, view=inv.view._replace(rgb=inv.view.rgb * math.nan))
+    assert "not finite" in attempt(nan, one_of(t, 0), G, SHORT, None)[0]["error"]
+    def bug(*_): raise TypeError("a bug")
+    with pytest.raises(TypeError): evaluate(bug, SELF, G, SHORT, n=1, progress=False)
+
+def test_images_of_which_nothing_is_known(G):
+    rows = evaluate(mean_face, G.sample(2, seed=3)[1].rgb, G, SHORT, progress=False)
+    assert [r["image"] for r in rows] == [0, 1] and rows[0]["psnr"] > 0 and "depth_corr" not in rows[0] and rows[0]["set"] == "images"
+    assert evaluate(mean_face, [10_100_000], G, SHORT, progress=False)[0]["image"] == 10_100_000
+
+def test_ablations_change_what_they_say():
+    c = {name: resolve("latent", quick(), name)[2] for name in ABLATIONS}
+    assert c["full"] == quick() and c["no_geo"].geo(.5) == c["no_id"].id(.5) == c["no_mv"].mv(.5) == 0 and c["no_geo"].id == quick().id
+    assert len(c["one_stage"].stages) == 1 and c["one_stage"].steps == quick().steps and c["one_stage"].stages[0].shrink == 1
+    assert c["no_curriculum"].mv(0) == c["no_curriculum"].mv(1) == pytest.approx(.105, abs=1e-3) and c["no_curriculum"].id(0) == pytest.approx(.2, abs=1e-3)
+    assert resolve("latent:w", quick())[2].space == "w"
+    for bad in (("latnt", "full"), ("latent", "no_everything"), ("latent:z", "full")):
+        with pytest.raises(InputError): resolve(bad[0], quick(), bad[1])
+
+# Tables
+
+def test_intervals_cover_and_are_the_same_every_time():
+    draws = rng(1)
+    covered = sum(lo <= 0 <= hi for _, lo, hi in (interval(torch.randn(32, generator=draws).tolist()) for _ in range(60)))
+    assert 51 <= covered <= 60 and interval([1., 2., 4.]) == interval([1., 2., 4.])
+    assert interval([2., 2.]) == (2, 2, 2) and interval([3.]) == (3, None, None) and interval([None]) == (None,) * 3 and interval([1., None, 3.])[0] == 2
+
+def test_paired_differences_pair():
+    rows = lambda method, values: [dict(set="s", image=i, method=method, ablation="full", psnr=v) for i, v in values.items()]
+    d = paired(rows("a", {1: 10., 2: 20., 3: None}), rows("b", {1: 9., 2: 18., 3: 5., 4: 50.}), "psnr")
+    assert d["n"] == 2 and d["mean"] == 1.5 and 1 <= d["low"] <= 1.5 <= d["high"] <= 2
+    assert "|s|b|2|-1.50 [-2.00, -1.00]|" in differences(rows("latent", {1: 10., 2: 20.}) + rows("b", {1: 9., 2: 18.}), ("psnr",))
+
+def test_a_verdict_needs_pairs_and_an_interval_on_one_side():
+    d = lambda low, high, n=8: dict(low=low, high=high, n=n)
+    assert [verdict(x, "higher") for x in (d(.1, .2), d(-.1, .2), d(-.2, -.1), d(.1, .2, 3), d(None, None, 0))] == ["held", "undecided", "the opposite", "too few (3)", "not measured"]
+    assert verdict(d(-.2, -.1), "lower") == "held" and verdict(d(0, .2), "higher") == "undecided"
+
+COMMITTED = ROOT/"data"/"results"/"benchmark"
+
+def test_the_committed_means_come_from_the_committed_rows():
+    rows, runs = read_rows(COMMITTED/"rows.jsonl"), json.loads((COMMITTED/"runs.json").read_text())
+    assert (COMMITTED/"table.md").read_text(encoding="utf-8") == report(rows, runs["protocols"])
+    assert {r["config"] for r in rows if r["config"] != "files"} <= set(runs["configs"]) and all(len(r["sha256"]) == 12 for r in rows)
+    for g in means(rows, ("psnr", "id", "novel_psnr_30")):
+        mine = [r for r in rows if all(r[k] == g[k] for k in ("set", "method", "ablation", "sha256", "config"))]
+        assert g["n"] + g["failed"] == len(mine)
+        for k in ("psnr", "id", "novel_psnr_30"):
+            if g["n"]: assert g[k][0] == pytest.approx(statistics.fmean(r[k] for r in mine if not r.get("error")), abs=1e-4)
+
+# Anybody's pictures
+
+@pytest.fixture
+def views(tmp_path):
+    return write_views("portraits-written", tmp_path/"v", n=2, size=16), tmp_path/"v"
+
+def test_the_truths_own_files_are_perfect_and_shifted_ones_are_not(views, tmp_path):
+    v, folder = views
+    rows = score_views(folder, out=tmp_path/"out")
+    assert all(r["psnr"] > 45 and r["novel_psnr"] > 45 and r["id"] > .99 and r["depth_corr"] > .9999 and r["normal_deg"] < .1 and r["true_yaw_deg"] == pytest.approx(r["yaw_deg"], abs=1e-3) for r in rows) and len(rows) == 2
+    assert read_rows(tmp_path/"out"/"rows") == rows == score_views(folder, out=tmp_path/"out", resume=True)
+    for f in folder.glob("*/view_*.png"): save_image(load_image(f).roll(2, -1), f)
+    for a, b in zip(rows, score_views(folder)): assert b["psnr"] < a["psnr"] - 15 and b["novel_psnr"] < a["novel_psnr"] - 15 and b["pdist"] > a["pdist"] and b["depth_corr"] == a["depth_corr"]
+
+def test_what_is_missing_is_a_failure_and_what_is_left_out_is_not_scored(views):
+    v, folder = views
+    first, second = v["images"]
+    (folder/first["novel"]["+30"]).unlink()
+    rows = score_views(folder)
+    assert "no such file" in rows[0]["error"] and "error" not in rows[1]
+    save_json(v | dict(images=[{k: second[k] for k in ("image", "reconstruction")}]), folder/"views.json")
+    rows = score_views(folder)
+    assert rows[0]["error"] == "not listed in views.json" and rows[1]["psnr"] > 45 and "novel_psnr" not in rows[1] and "depth_corr" not in rows[1]
+    assert (means(rows)[0]["n"], means(rows)[0]["failed"]) == (1, 1)
+    (folder/second["depth"]).write_bytes(b"not numbers")
+    save_json(v | dict(images=[second]), folder/"views.json")
+    assert "depth" in score_views(folder)[1]["error"]
+
+@pytest.mark.parametrize("change", [dict(format="x"), dict(method=""), dict(set="self"), dict(n=0), dict(size="64"), dict(images={}), dict(extra=1), dict(images=[dict(image=1, reconstruction="a.png")]), dict(images=[dict(image=10500004)]),
+                                    dict(images=[dict(image=10500004, reconstruction="a.png", novel={"20": "b.png"})]), dict(images=[dict(image=10500004, reconstruction="a.png")] * 2), dict(images=[dict(image=True, reconstruction="a.png")])])
+def test_a_wrong_list_is_refused(tmp_path, change):
+    save_json(dict(format="posefree_kit views 1", method="m", set="portraits-written", n=2, size=32, images=[]) | change, tmp_path/"views.json")
+    with pytest.raises(InputError, match="expected"): read_views(tmp_path)
+
+def test_files_outside_the_folder_and_broken_json(tmp_path):
+    entry = dict(image=10500004, reconstruction="../secret.png")
+    save_image(torch.zeros(1, 3, 32, 32), tmp_path/"secret.png")
+    save_json(dict(format="posefree_kit views 1", method="m", set="portraits-written", n=1, size=32, images=[entry]), tmp_path/"v"/"views.json")
+    assert "inside the folder" in score_views(tmp_path/"v")[0]["error"]
+    (tmp_path/"v"/"views.json").write_text("{")
+    with pytest.raises(InputError, match="expected JSON"): read_views(tmp_path/"v")
+    with pytest.raises(InputError, match="expected JSON"): read_views(tmp_path/"nowhere")
+
+# The whole of it, small
+
+def test_the_command_measures_resumes_and_makes_tables(G, tmp_path, monkeypatch):
+    monkeypatch.setitem(optimiser.PRESETS, "quick", lambda **changes: dataclasses.replace(SHORT, **changes))
+    save_checkpoint(tmp_path/"small.safetensors", G, G.reader)
+    out = tmp_path/"out"
+    write_views("portraits-easy", tmp_path/"v", n=2, size=16)
+    call = lambda *args: CliRunner().invoke(cli.app, ["evaluate", "--out", str(out), "--generator", str(tmp_path/"small.safetensors"), "--device", "cpu", "--n", "2", "--no-progress", "--sets", "portraits-easy,self", *args])
+    r = call("--methods", "latent,latent:w", "--ablate", "full,no_geo", "--views", str(tmp_path/"v"), "--pictures", "1")
+    assert r.exit_code == 0 and "14 rows" in r.stdout, r.output
+    rows = read_rows(out/"rows.jsonl")
+    assert not [r for r in rows if r.get("error")] and {(r["method"], r["ablation"]) for r in rows} == {("latent", "full"), ("latent:w", "full"), ("latent", "no_geo"), ("truth", "full")}
+    assert all(set(MEASURES) - {"lpips", "w_dist", "pose_yaw_deg", "pose_pitch_deg"} <= set(r) for r in rows if r["set"] == "portraits-easy" and r["method"] != "truth") and all("w_dist" in r for r in rows if r["set"] == SELF)
+    with open(out/"table.csv", newline="") as f: assert [float(r["psnr"]) for r in csv.DictReader(f)] == [r["psnr"] for r in rows]
+    figures = sorted(p.name for p in (out/"figures").iterdir())
+    assert len(figures) == 5 and sum("ablations" in f for f in figures) == 2 and (out/"table.md").read_text().count("latent, no_geo") >= 4
+    assert call("--methods", "latent").exit_code == 2
+    before = (out/"table.md").read_bytes()
+    assert call("--methods", "latent,latent:w", "--ablate", "full,no_geo", "--resume").exit_code == 0 and (out/"table.md").read_bytes() == before
+
+def test_inputs_for_others(G, tmp_path):
+    save_checkpoint(tmp_path/"small.safetensors", G, G.reader)
+    rows = cli.evaluate(tmp_path/"out", sets="portraits-occluded", n=1, inputs=tmp_path/"in", generator=tmp_path/"small.safetensors")
+    assert rows[0]["size"] == 16 and (tmp_path/"in"/"portraits-occluded"/"10400006"/"input.png").is_file() and not (tmp_path/"out").exists()
+    with pytest.raises(InputError, match="at least 1"): cli.evaluate(tmp_path/"out", n=0)
