@@ -726,7 +726,8 @@ class Live:
     def __init__(self, box, still): self.box, self.still = box, still # box: an ipywidgets Widget; still(): a matplotlib Figure, a Flipbook or the bytes of a JPEG
     def _repr_mimebundle_(self, include=None, exclude=None):
         still = self.still()
-        page = {"text/html": still._repr_html_()} if isinstance(still, Flipbook) else {"image/jpeg": base64.b64encode(still if isinstance(still, bytes) else _still(still)).decode()}
+        page = None if isinstance(still, bytes) else still._repr_html_() # a Figure has none
+        page = {"text/html": page} if page else {"image/jpeg": base64.b64encode(still if isinstance(still, bytes) else _still(still)).decode()}
         return self.box._repr_mimebundle_(include=include, exclude=exclude) | page | {"text/plain": type(self).__name__}
 
 def panel(session:Session): # the matplotlib Figure
@@ -952,8 +953,8 @@ def weights_grid(
     image:Tensor, # (1, 3, R, R)
     generator,
     config:InvertConfig, # of each run; keep it short
-    first:tuple=("geo", (0., .1, 2.)), # a knob, and the values it is held at
-    second:tuple=("mv", (0., .2, 2.)),
+    first:tuple=("geo", (0., 1., 30.)), # a knob, and the values it is held at
+    second:tuple=("mv", (0., 1., 30.)),
     psi=None, phi=None,
 ) -> Flipbook:
     "Short runs from one start, two knobs held at a few values each"
@@ -983,7 +984,7 @@ def pose_view(
     yaw, pitch, shown = slider("yaw, °", 60), slider("pitch, °", 30), W.Image(format="jpeg", value=_jpeg(two(0, 0), 480))
     def again(_): shown.value = _jpeg(two(yaw.value, pitch.value), 480)
     for s in (yaw, pitch): s.observe(again, "value")
-    book = Flipbook([[two(y, p) for y in yaws_deg] for p in pitches_deg], [[f"yaw {y:+d}°, pitch {p:+d}°" for y in yaws_deg] for p in pitches_deg], ("pitch", "yaw"), width=240)
+    book = Flipbook([[two(y, p) for y in yaws_deg] for p in pitches_deg], [[f"yaw {y:+d}°, pitch {p:+d}°" for y in yaws_deg] for p in pitches_deg], ("pitch", "yaw"), width=220)
     return Live(W.VBox([yaw, pitch, shown]), lambda: book)
 
 # %% ../nbs/16_viewer.ipynb #16d00009

@@ -1,5 +1,6 @@
 "What the viewer writes is what the generator shows: right files, right shapes, nothing half-written."
 import base64
+import functools
 import io
 import json
 import math
@@ -152,6 +153,12 @@ def session(small, face):
     yield s
     s.close()
 
+@pytest.fixture
+def coarse(monkeypatch):
+    "Films and meshes of saved results as small as can be"
+    monkeypatch.setattr(viewer, "turntable", functools.partial(viewer.turntable, frames=2, size=16, shown=32))
+    monkeypatch.setattr(viewer, "mesh", functools.partial(viewer.mesh, resolution=24))
+
 def used(s, name): return [float(t["weights"][name]) for t in s.state.trace]
 
 @pytest.mark.parametrize("knob", KNOBS)
@@ -208,12 +215,12 @@ def test_undone_steps_leave_no_trace_in_the_result(small, face, session):
 def test_a_run_in_the_background_pauses_steps_and_is_replayed_to_the_bit(small, face, session, tmp_path):
     seen = []
     session.watchers.append(lambda s, step: (seen.append(step), time.sleep(.01)))
-    session.start(); session.pause(); assert session.wait(60) and session.state.step < 12       # it rests where it was told to
+    session.start(); session.pause(); assert session.wait(300) and session.state.step < 12       # it rests where it was told to
     at = session.state.step
-    session.step(); session.wait(60); assert session.state.step == at + 1
+    session.step(); session.wait(300); assert session.state.step == at + 1
     session.set("perceptual_weight", 2.); session.set("offset", .3); session.start()
     while session.state.step < at + 3: time.sleep(.001)
-    session.set("l1", .2); session.set("rate", .002); assert session.wait(60) and session.done
+    session.set("l1", .2); session.set("rate", .002); assert session.wait(300) and session.done
     assert seen[-1] is None and [c["knob"] for c in session.changes][:2] == ["perceptual_weight", "offset"] and len(session.changes) >= 2
     done = session.result()
     again = replay(face, small, json.loads(json.dumps(done.report)), Plain(), Plain())
@@ -231,21 +238,21 @@ def test_a_stopped_replay_ends_where_the_run_did(small, face, session):
 def test_a_divergence_stops_the_run_and_leaves_it_usable(session, monkeypatch):
     session.advance(5)
     monkeypatch.setattr(Plain, "distance", lambda self, a, b: (a - b).square().mean((1, 2, 3)) * math.nan)
-    session.start(); session.wait(60)
+    session.start(); session.wait(300)
     assert session.phase == "stopped" and "not finite at step 5" in session.error and session.state.w.isfinite().all()
     monkeypatch.undo()
-    session.undo(); session.start(); assert session.wait(60) and session.done and not session.error
+    session.undo(); session.start(); assert session.wait(300) and session.done and not session.error
 
 def test_a_failure_in_the_background_is_raised_to_whoever_waits(session):
     session.watchers.append(lambda s, step: 1 / 0)
     session.start()
-    with pytest.raises(ZeroDivisionError): session.wait(60)
+    with pytest.raises(ZeroDivisionError): session.wait(300)
 
 def test_a_configuration_comes_back_from_json():
     assert config_of(json.loads(json.dumps(config_to_dict(SHORT)))) == SHORT
     with pytest.raises(InputError): config_of(dict(lambdas=1))
 
-def test_save_writes_what_invert_writes(session, tmp_path, monkeypatch):
+def test_save_writes_what_invert_writes(session, tmp_path, coarse):
     session.advance(4); session.set("geo", .2); session.advance(1)
     report = save_session(session, tmp_path/"a", "face.png")
     assert sorted(p.name for p in (tmp_path/"a").iterdir()) == sorted(FILES) and set(report) == {*FIELDS, "hand"}
@@ -254,23 +261,23 @@ def test_save_writes_what_invert_writes(session, tmp_path, monkeypatch):
     again = replay(session.image, session.generator, tmp_path/"a"/"report.json", Plain(), Plain())
     assert torch.equal(again.ws, t["ws"])
 
-def test_the_cockpit_steers_by_its_widgets_and_degrades(small, face, tmp_path):
+def test_the_cockpit_steers_by_its_widgets_and_degrades(small, face, tmp_path, coarse):
     c = cockpit(face, small, SHORT, folder=tmp_path/"out", every=4, psi=Plain(), phi=Plain())
     s = c.session
     try:
         assert all(p.value[:2] == b"\xff\xd8" for p in c.pictures.values()) and c.draws == 1
-        c.buttons["step"].click(); s.wait(60)
+        c.buttons["step"].click(); s.wait(300)
         c.sliders["geo"].value = .6
         assert c.hands["geo"].value and s.held == dict(geo=.6) and "♦" not in c.sparks["geo"].value
-        c.buttons["start"].click(); assert s.wait(60) and s.done
+        c.buttons["start"].click(); assert s.wait(300) and s.done
         assert s.changes == [dict(step=1, knob="geo", value=.6)] and used(s, "geo")[1:] == [.6] * 11
         lines = {line.name: line for line in c.chart.data}
         assert len(lines["total"].x) == 12 and list(lines["by hand"].x) == [1] and len(lines["yaw"].y) == 12
         assert "finished" in c.status.value and c.sparks["geo"].value.count("<path") == 1
-        c.buttons["undo"].click(); s.wait(60); assert s.state.step == 8 and len(lines["total"].x) == 8
-        c.hands["geo"].value = False; c.buttons["step"].click(); s.wait(60); assert s.changes[-1] == dict(step=8, knob="geo", value=None) and not c.hands["geo"].value
+        c.buttons["undo"].click(); s.wait(300); assert s.state.step == 8 and len(lines["total"].x) == 8
+        c.hands["geo"].value = False; c.buttons["step"].click(); s.wait(300); assert s.changes[-1] == dict(step=8, knob="geo", value=None) and not c.hands["geo"].value
         assert c.sliders["geo"].value == pytest.approx(planned(SHORT, "geo", 9), abs=.01) and "geo" not in s.held         # the slider follows the schedule again, and is no hand
-        c.buttons["save"].click(); c.saver.join(120); assert "saved" in c.status.value and (tmp_path/"out"/"report.json").exists() and not c.buttons["save"].disabled
+        c.buttons["save"].click(); c.saver.join(300); assert "saved" in c.status.value and (tmp_path/"out"/"report.json").exists() and not c.buttons["save"].disabled
         bundle = c._repr_mimebundle_()
         assert "application/vnd.jupyter.widget-view+json" in bundle and Image.open(io.BytesIO(base64.b64decode(bundle["image/jpeg"]))).size[0] > 800
     finally: s.close()
