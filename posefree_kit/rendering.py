@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['alpha_from_density', 'weights_from_alpha', 'weights_from_density', 'composite', 'coarse_depths', 'fine_depths',
-           'Rays', 'softplus_density', 'interval_weights', 'march', 'render_rays', 'query', 'pooled_weights',
-           'fine_depths_eg3d', 'march_eg3d', 'render_rays_eg3d']
+           'Rays', 'softplus_density', 'interval_weights', 'end_weights', 'composite_passes', 'march', 'render_rays',
+           'query', 'pooled_weights', 'fine_depths_eg3d', 'march_eg3d', 'render_rays_eg3d']
 
 # %% ../nbs/03_rendering.ipynb #b14011a4
 from typing import NamedTuple
@@ -81,14 +81,30 @@ def interval_weights(raw:Tensor, depths:Tensor, density) -> Tensor: # (B, N, S),
     "Weight of each interval between neighbouring samples"
     return weights_from_density(density((raw[..., 1:] + raw[..., :-1]) / 2), depths.diff(dim=-1))
 
-def march(raw:Tensor, values:Tensor, depths:Tensor, density) -> Rays: # (B, N, S), (B, N, S, C), (B, N, S) sorted
+def end_weights(weights:Tensor) -> Tensor: # (..., S-1) -> (..., S)
+    "From intervals to the samples at their ends: half each"
+    return (F.pad(weights, (1, 0)) + F.pad(weights, (0, 1))) / 2
+
+def composite_passes(ends:Tensor, values:list, order:Tensor|None=None) -> Tensor: # (B, N, S); (B, N, s, C) of each pass; (B, N, S) -> (B, N, C)
+    "Composite passes that are not sorted together: their weights go back to where the values lie (one number moves instead of C)"
+    if order is not None: ends = torch.empty_like(ends).scatter(-1, order, ends)
+    return sum(composite(w, v) for w, v in zip(ends.split([v.shape[-2] for v in values], -1), values))
+
+def march(
+    raw:Tensor, # (B, N, S) raw densities in the order of depths
+    values:Tensor|list, # (B, N, S, C); or those of several passes, and the `order` that sorts them
+    depths:Tensor, # (B, N, S) sorted
+    density, # raw -> density
+    order:Tensor|None=None, # (B, N, S) which sample of the passes stands at each place
+) -> Rays:
     "Composite samples along rays"
     w = interval_weights(raw, depths, density)
-    ends = (F.pad(w, (1, 0)) + F.pad(w, (0, 1))) / 2
+    ends = end_weights(w)
     weight = w.sum(-1)
     depth = (ends * depths).sum(-1) / weight.clamp(min=1e-6)
     far = depths[..., -1]
-    return Rays(composite(ends, values), torch.where(weight > 1e-6, depth, far).clamp(depths.min(), depths.max()), weight)
+    seen = composite_passes(ends, values if isinstance(values, list) else [values], order)
+    return Rays(seen, torch.where(weight > 1e-6, depth, far).clamp(depths.min(), depths.max()), weight)
 
 def render_rays(
     field, # xyz (B, M, 3) -> raw density (B, M), values (B, M, C)
@@ -103,14 +119,13 @@ def render_rays(
     check_shape(dirs, "B N 3", "dirs", **check_shape(origins, "B N 3", "origins"))
     if not near < far: raise InputError(f"expected near < far, got near {near} and far {far}")
     t = coarse_depths(near, far, samples, origins, jitter, generator)
-    raw, values = query(field, origins, dirs, t)
+    raw, values, order = *query(field, origins, dirs, t), None
     if fine_samples:
         with torch.no_grad(): more = fine_depths(t, interval_weights(raw, t, density), fine_samples, jitter, generator)
         raw2, values2 = query(field, origins, dirs, more)
         t, order = torch.cat([t, more], -1).sort(-1)
-        raw = torch.cat([raw, raw2], -1).gather(-1, order)
-        values = torch.cat([values, values2], -2).gather(-2, order[..., None].expand(*order.shape, values.shape[-1]))
-    return march(raw, values, t, density)
+        raw, values = torch.cat([raw, raw2], -1).gather(-1, order), [values, values2] # colours stay where they are
+    return march(raw, values, t, density, order)
 
 def query(field, origins:Tensor, dirs:Tensor, t:Tensor) -> tuple: # raw (B, N, S), values (B, N, S, C)
     "Ask a field at distances `t` along rays"
@@ -146,14 +161,15 @@ def fine_depths_eg3d(
 
 # %% ../nbs/03_rendering.ipynb #dd86c468
 def march_eg3d(
-    raw:Tensor, values:Tensor, depths:Tensor, # (B, N, S), (B, N, S, C), (B, N, S) sorted
+    raw:Tensor, values:Tensor|list, depths:Tensor, # as for `march`
     white:bool=False, # white behind everything, in every channel
+    order:Tensor|None=None, # as for `march`
 ) -> Rays:
     "Composite as EG3D and PoF3D do: the product of what is let through (each factor raised by 1e-10), the depth of empty rays from the whole batch"
     alpha = alpha_from_density(F.softplus((raw[..., 1:] + raw[..., :-1]) / 2 - 1), depths.diff(dim=-1))
     through = torch.cumprod(torch.cat([torch.ones_like(alpha[..., :1]), 1 - alpha + 1e-10], -1), -1)[..., :-1]
     w = alpha * through
-    seen, weight = composite(w, (values[..., 1:, :] + values[..., :-1, :]) / 2), w.sum(-1)
+    seen, weight = composite_passes(end_weights(w), values if isinstance(values, list) else [values], order), w.sum(-1)
     z = (w * (depths[..., 1:] + depths[..., :-1]) / 2).sum(-1) / torch.where(weight > 0, weight, torch.ones_like(weight))
     depth = torch.where(weight > 0, z, torch.full_like(z, torch.inf)).clamp(depths.detach().min(), depths.detach().max())
     return Rays(seen + (1 - weight)[..., None] if white else seen, depth, weight)
@@ -171,13 +187,12 @@ def render_rays_eg3d(
     draw = lambda s: torch.rand(*origins.shape[:2], s, device=origins.device, dtype=origins.dtype, generator=generator)
     t = coarse_depths(near, far, samples, origins)
     if noise is not None or jitter: t = t + (noise[0] if noise is not None else jitter * draw(samples)) * ((far - near) / (samples - 1))
-    raw, values = query(field, origins, dirs, t)
+    raw, values, order = *query(field, origins, dirs, t), None
     if fine_samples:
         u = torch.linspace(0, 1, fine_samples, device=t.device, dtype=t.dtype).expand(*t.shape[:2], fine_samples)
         if noise is not None or jitter: u = noise[1] if noise is not None else u + jitter * (draw(fine_samples) - u)
         with torch.no_grad(): more = fine_depths_eg3d(t, weights_from_density(F.softplus((raw[..., 1:] + raw[..., :-1]) / 2 - 1), t.diff(dim=-1)), u)
         raw2, values2 = query(field, origins, dirs, more)
         t, order = torch.cat([t, more], -1).sort(-1)
-        raw = torch.cat([raw, raw2], -1).gather(-1, order)
-        values = torch.cat([values, values2], -2).gather(-2, order[..., None].expand(*order.shape, values.shape[-1]))
-    return march_eg3d(raw, values, t, white)
+        raw, values = torch.cat([raw, raw2], -1).gather(-1, order), [values, values2] # colours stay where they are
+    return march_eg3d(raw, values, t, white, order)

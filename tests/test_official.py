@@ -105,7 +105,7 @@ def test_samples_along_rays(ref, monkeypatch):
     render(ref, G.pose(ref.w))
     coarse, weights, fine = got[0]
     ref.close(coarse, "depths_coarse", EXACT); ref.close(weights, "weights_coarse", PLANES); ref.close(fine, "depths_fine", PLANES)
-    raw, values, z, _ = got[1]
+    raw, _, z, *_ = got[1]
     left = torch.exp(-(F.softplus((raw[..., 1:] + raw[..., :-1]) / 2 - 1) * z.diff(dim=-1))[..., :-1].sum(-1))
     ref.close(left, "transmittance_last", IMAGE)                              # what reaches the last interval
 
