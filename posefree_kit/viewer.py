@@ -810,7 +810,7 @@ class Cockpit(Glass):
     "What moves: drawing on the session's thread, hands on the kernel's, which never waits for a step"
     def __init__(self, session:Session, folder="out/cockpit", name:str="image", share:float=.12, size:int=150): # size: of the pictures, pixels
         super().__init__(session, folder, size)
-        self.name, self.share, self.drawing, self.syncing, self.next, self.draws, self.saver = name, share, threading.RLock(), None, 0., 0, None
+        self.name, self.share, self.drawing, self.syncing, self.next, self.told, self.draws, self.saver, self.news = name, share, threading.RLock(), None, 0., 0., 0, None, ""
         for k, b in self.buttons.items(): b.on_click(lambda _, k=k: self._press(k))
         for k in KNOBS: self.sliders[k].observe(lambda c, k=k: self._moved(k, c["new"]), "value"); self.hands[k].observe(lambda c, k=k: self._held(k, c["new"]), "value")
         session.watchers.append(self._watch)
@@ -818,7 +818,9 @@ class Cockpit(Glass):
         self.draw()
 
     def _watch(self, session, step): # on the session's thread
-        if step is None or time.perf_counter() >= self.next: self.draw()
+        now = time.perf_counter()
+        if step is None or now >= self.next: self.draw()
+        elif now >= self.told + .5: self._say() # one line is cheap
 
     def draw(self):
         "Bring pictures, charts and sliders up to date; what it takes is kept to `share` of the time"
@@ -855,10 +857,11 @@ class Cockpit(Glass):
             self.sliders["split"].disabled = len(s.plan.stages) != 2 or bool(s.state.step and s.config.at(now)[0])
         finally: self.syncing = None
 
-    def _say(self, more:str=""):
-        s = self.session
+    def _say(self, news:str|None=None): # news stay until the next button
+        s, self.told = self.session, time.perf_counter()
+        if news is not None: self.news = news
         rate = f", {s.state.step / s.seconds:.1f} steps a second, the start search included" if s.state.step and s.seconds else ""
-        self.status.value = f"<b>{s.phase}</b>: step {s.state.step} of {s.plan.steps}{rate}. {html.escape(s.error)} {more}"
+        self.status.value = f"<b>{s.phase}</b>: step {s.state.step} of {s.plan.steps}{rate}. {html.escape(s.error)} {self.news}"
 
     def _moved(self, knob, value):
         if self.syncing != threading.get_ident(): self._set(knob, value)
@@ -874,6 +877,7 @@ class Cockpit(Glass):
         with self.drawing: self._draw_knobs()
 
     def _press(self, name):
+        self.news = ""
         if name == "save": self.saver = threading.Thread(target=self._save, daemon=True); self.buttons["save"].disabled = True; self.saver.start(); return
         s = self.session
         answer = s.restart(keep=True) if name == "restart" else getattr(s, name)()

@@ -287,7 +287,7 @@ def test_the_display_keeps_to_its_share(small, face, monkeypatch):
     now = [0.]
     monkeypatch.setattr(viewer.time, "perf_counter", lambda: now[0])
     def draw(): now[0] += .1                                                                    # a drawing costs a tenth of a second
-    monkeypatch.setattr(c, "_say", draw); c.next = drawn = 0.
+    monkeypatch.setattr(c, "_draw_chart", draw); c.next = drawn = 0.
     for _ in range(1000):                                                                       # a step costs a hundredth
         now[0] += .01
         before = now[0]; c._watch(c.session, object()); drawn += now[0] - before
