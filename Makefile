@@ -1,7 +1,7 @@
 # Everything starts here: `make demo` and `make test` need Python 3.11 to 3.13 and make, and set up the rest by themselves.
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lab chapters export docs clean
+.PHONY: help setup demo test test-browser lab chapters export docs clean
 BIN := .venv/bin
 # The environment is rebuilt when the requirements (or the folder's place) change; otherwise a second run starts at once.
 STAMP := .venv/.setup-$(shell (pwd; cat settings.ini setup.py) | cksum | cut -d' ' -f1)
@@ -11,7 +11,7 @@ PORTRAIT ?= $(firstword $(sort $(wildcard data/*.png)))
 RUN := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 
 help: ## show this list
-	@grep -E '^[a-z]+:.*##' Makefile | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*##' Makefile | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
 
 setup: $(STAMP) ## bring .venv up to date (the other targets do this first)
 
@@ -33,6 +33,11 @@ demo: setup ## invert a portrait with the shipped generator: make demo [PORTRAIT
 test: setup ## library and notebooks agree, every chapter executes, pytest
 	@rc=0; $(RUN) $(BIN)/python tests/tools/agree.py || rc=1; $(RUN) $(BIN)/python tests/tools/chapters.py || rc=1; \
 		$(RUN) $(BIN)/python -m pytest -n 2 tests || rc=1; exit $$rc
+
+test-browser: setup ## drive the cockpit in JupyterLab by Chromium, which is installed first on Debian
+	@command -v chromium >/dev/null || { command -v apt-get >/dev/null || { echo "expected Chromium on the PATH, or apt-get to install it with"; exit 1; }; \
+		as=$$([ "$$(id -u)" = 0 ] || echo sudo); $$as apt-get update -qq && $$as apt-get install -y -qq chromium; }
+	$(RUN) $(BIN)/python -m pytest -s tests/browser
 
 lab: setup ## read and run the chapters in JupyterLab
 	$(BIN)/python -m jupyterlab --LabApp.default_url=/lab/tree/nbs/index.ipynb

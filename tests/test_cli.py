@@ -16,7 +16,7 @@ import trimesh
 from PIL import Image
 from typer.testing import CliRunner
 
-from posefree_kit import cli, optimiser
+from posefree_kit import cli, optimiser, viewer
 from posefree_kit.checkpoints import load_generator, save_checkpoint
 from posefree_kit.core import InputError, load_image, save_json, sha256
 from posefree_kit.discriminator import Discriminator, DiscriminatorConfig
@@ -62,7 +62,7 @@ def test_every_file_is_written_and_whole(home, tmp_path):
     code, said, err = invert(home, home/"a.png", out=tmp_path)
     folder = tmp_path/"a"
     assert code == 0 and "PSNR" in said and not [e for e in err if "error" in e]
-    expected = set(cli.FILES) - ({"mesh.glb"} if any("no mesh.glb" in e for e in err) else set())
+    expected = set(viewer.FILES) - ({"mesh.glb"} if any("no mesh.glb" in e for e in err) else set())
     assert {p.name for p in folder.iterdir()} == expected
     assert Image.open(folder/"reconstruction.png").size == (16, 16)
     for name in ("comparison.png", "depth.png"): Image.open(folder/name).verify()
@@ -81,7 +81,7 @@ def test_the_report_has_the_fields_that_were_promised(home, tmp_path):
 
 def test_the_latent_gives_the_same_picture_again(home, tmp_path):
     invert(home, home/"a.png", out=tmp_path, extra=LIGHT)
-    t, meta = cli.load_latent(tmp_path/"a"/"latent.safetensors")
+    t, meta = viewer.load_latent(tmp_path/"a"/"latent.safetensors")
     G = load_generator(home/"small.safetensors", "cpu")
     picture = G.view(t["ws"], G.pose(t["w"])).rgb.clamp(-1, 1)
     assert (picture - load_image(tmp_path/"a"/"reconstruction.png")).abs().max() < .01
@@ -91,12 +91,12 @@ def test_the_latent_gives_the_same_picture_again(home, tmp_path):
 def test_the_same_seed_gives_the_same_result(home, tmp_path):
     for out in ("x", "y"): invert(home, home/"a.png", out=tmp_path/out, extra=LIGHT)
     invert(home, home/"a.png", out=tmp_path/"z", extra=(*LIGHT, "--seed", 5))
-    w = [cli.load_latent(tmp_path/out/"a"/"latent.safetensors")[0]["w"] for out in "xyz"]
+    w = [viewer.load_latent(tmp_path/out/"a"/"latent.safetensors")[0]["w"] for out in "xyz"]
     assert torch.equal(w[0], w[1]) and not torch.equal(w[0], w[2])
 
 def test_space_w_has_no_deltas(home, tmp_path):
     invert(home, home/"a.png", out=tmp_path, extra=(*LIGHT, "--space", "w"))
-    assert not cli.load_latent(tmp_path/"a"/"latent.safetensors")[0]["deltas"].any()
+    assert not viewer.load_latent(tmp_path/"a"/"latent.safetensors")[0]["deltas"].any()
 
 def test_results_are_not_lost_by_accident(home, tmp_path):
     assert invert(home, home/"a.png", out=tmp_path, extra=LIGHT)[0] == 0
@@ -183,7 +183,7 @@ def photo(home):
 def test_a_photograph_goes_through(home, photo, tmp_path):
     code, _, err = invert(home, photo, out=tmp_path, extra=(*LIGHT, "--align", "--background", "plain"))
     assert code == 0 and Image.open(tmp_path/"astronaut"/"aligned.png").size == (256, 256)
-    known = cli.load_latent(tmp_path/"astronaut"/"latent.safetensors")[1]["aligned"]
+    known = viewer.load_latent(tmp_path/"astronaut"/"latent.safetensors")[1]["aligned"]
     assert known["faces_found"] == 1 and abs(known["landmarks"][0][0] - 205) < 4
 
 def test_the_frame_follows_the_generator(home, capsys):
@@ -220,7 +220,7 @@ def test_another_method_leaves_the_same_files_and_the_generator_that_it_tuned(ho
     from posefree_kit import baselines
     monkeypatch.setitem(baselines.METHODS, "pti", functools.partial(baselines.pti, tuning=baselines.Tuning(stop=0.)))
     assert invert(home, home/"a.png", out=tmp_path, extra=(*LIGHT, "--method", "pti"))[0] == 0
-    report, (t, meta) = json.loads((tmp_path/"a"/"report.json").read_text()), cli.load_latent(tmp_path/"a"/"latent.safetensors")
+    report, (t, meta) = json.loads((tmp_path/"a"/"report.json").read_text()), viewer.load_latent(tmp_path/"a"/"latent.safetensors")
     assert report["method"] == meta["method"] == "pti" and report["generator"]["tuned"] and (tmp_path/"a"/"tuned.safetensors").exists() and report["steps"] == 2
     assert posefree("render", tmp_path/"a"/"latent.safetensors", "--out", tmp_path/"v.png", "--size", 16, "--device", "cpu")[0] == 0
     assert (load_image(tmp_path/"v.png") - load_image(tmp_path/"a"/"reconstruction.png")).abs().max() < .02

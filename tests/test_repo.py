@@ -25,7 +25,7 @@ MAY_IMPORT = dict(
     core="", camera="core", portraits="camera", rendering="core camera", stylegan="core", generator="rendering stylegan", pose="generator",
     discriminator="stylegan camera", training="pose discriminator portraits", checkpoints="pose discriminator", features="core",
     losses="camera features pose", optimiser="losses checkpoints", photos="core features", baselines="optimiser",
-    evaluation="training portraits baselines optimiser", viewer="optimiser", scale="optimiser evaluation", cli="*")
+    evaluation="training portraits baselines optimiser", viewer="optimiser evaluation", scale="optimiser evaluation", cli="*")
 
 def allowed(module:str) -> set:
     "Everything a module may import, by way of others too"
@@ -97,7 +97,7 @@ def test_glossary_names_are_the_names_in_the_code():
 def test_a_notebook_is_light_and_ran_well(path):
     nb = nbformat.read(path, as_version=4)
     nbformat.validate(nb)
-    assert path.stat().st_size < 500_000, f"{path.stat().st_size:,} bytes"
+    assert path.stat().st_size < 1_000_000, f"{path.stat().st_size:,} bytes"
     assert "widgets" not in nb.metadata, "stored widget state"
     code = [c for c in nb.cells if c.cell_type == "code"]
     outputs = [o for c in code for o in c.outputs]

@@ -1,6 +1,10 @@
 "What the viewer writes is what the generator shows: right files, right shapes, nothing half-written."
+import base64
+import functools
+import io
 import json
 import math
+import time
 
 import imageio.v2 as imageio
 import matplotlib
@@ -9,11 +13,15 @@ import torch
 import trimesh
 from PIL import Image
 
+from posefree_kit import viewer
 from posefree_kit.camera import Pose
-from posefree_kit.core import InputError
+from posefree_kit.core import InputError, config_to_dict
 from posefree_kit.generator import GeneratorConfig, View
+from posefree_kit.optimiser import invert, quick, with_steps
+from posefree_kit.portraits import portrait
 from posefree_kit.pose import PoseFreeGenerator
-from posefree_kit.viewer import comparison, density_grid, depth_figure, depth_image, look, loss_plot, mesh, plotly_offline, point_figure, save_depth, surface_level, turntable, turntable_poses, view_points
+from posefree_kit.viewer import (FIELDS, FILES, KNOBS, Flipbook, Session, check_knob, cockpit, comparison, config_of, density_grid, depth_against, depth_figure, depth_image, load_latent, look, loss_plot, mesh, planned,
+                                 plotly_offline, point_figure, pose_view, replay, save_depth, save_session, scrubber, seen_surface, spark, steered, surface_figure, surface_level, surface_still, turntable, turntable_poses, view_points, weights_grid)
 
 @pytest.fixture(scope="module")
 def G():
@@ -121,3 +129,218 @@ def test_loss_plot(tmp_path):
     lines = [line.get_label() for line in fig.axes[0].lines]
     assert "total" in lines and "mv" not in lines and "note" not in lines and (tmp_path/"l.png").stat().st_size > 1000
     with pytest.raises(InputError, match="at least one step"): loss_plot([])
+
+class Plain:
+    "psi and phi without networks: pixels"
+    name = "pixels"
+    def distance(self, a, b): return (a - b).square().mean((1, 2, 3))
+    def features(self, x): return [x]
+    def embed(self, x): return torch.nn.functional.avg_pool2d(x, 4).flatten(1) + .1
+
+SHORT = with_steps(quick(candidates=4, starts=2, start_steps=1, noise=.02), 12)
+
+@pytest.fixture(scope="module")
+def small():
+    torch.manual_seed(1)
+    return PoseFreeGenerator(GeneratorConfig(channels=(8, 8), plane_channels=4, decoder_hidden=8, samples=6, render_resolution=16)).start(0).requires_grad_(False).eval()
+
+@pytest.fixture(scope="module")
+def face(small): return small.sample(1, seed=5)[1].rgb.clamp(-1, 1)
+
+@pytest.fixture
+def session(small, face):
+    s = Session(face, small, SHORT, Plain(), Plain(), every=4)
+    yield s
+    s.close()
+
+@pytest.fixture
+def coarse(monkeypatch):
+    "Films and meshes of saved results as small as can be"
+    monkeypatch.setattr(viewer, "turntable", functools.partial(viewer.turntable, frames=2, size=16, shown=32))
+    monkeypatch.setattr(viewer, "mesh", functools.partial(viewer.mesh, resolution=24))
+
+def used(s, name): return [float(t["weights"][name]) for t in s.state.trace]
+
+@pytest.mark.parametrize("knob", KNOBS)
+def test_a_knob_moves_its_own_number_and_nothing_else(knob):
+    value = 20 if knob == "split" else .037
+    c, base = steered(quick(), {knob: value}), quick()
+    assert planned(c, knob, 5) == value and c.steps == base.steps
+    assert all(planned(c, k, 5) == planned(base, k, 5) for k in KNOBS if k != knob)
+
+def test_what_cannot_be_set_is_refused(session):
+    for knob, value, words in (("lambda", 1., "a knob among"), ("geo", -1., "from 0"), ("geo", math.nan, "from 0"), ("geo", "x", "from 0"), ("split", 13, "from 0 to 12")):
+        with pytest.raises(InputError, match=words): session.set(knob, value)
+    assert not session.asked
+    one = with_steps(quick(stages=quick().stages[:1]), 4)
+    with pytest.raises(InputError, match="two stages"): check_knob(one, "split", 2)
+
+def test_without_a_hand_a_session_is_invert(small, face, session):
+    whole = invert(face, small, SHORT, psi=Plain(), phi=Plain())
+    session.advance(5); session.advance()
+    assert torch.equal(session.result().ws, whole.ws) and session.done and session.phase == "finished"
+
+def test_a_change_takes_effect_at_its_step_and_is_let_go(session):
+    session.advance(3); session.set("geo", .7); session.advance(2); session.set("geo"); session.advance(2)
+    assert session.changes == [dict(step=3, knob="geo", value=.7), dict(step=5, knob="geo", value=None)]
+    plan, force = session.curve("geo")
+    assert used(session, "geo") == force[:7] and force[3:5] == [.7, .7] and force[5:] == plan[5:] and force[:3] == plan[:3]
+    assert spark(session, "geo").count("<path") == 2 and spark(session, "mv").count("<path") == 0
+
+def test_the_last_word_before_a_step_counts(session):
+    session.advance(2); session.set("id", .1); session.set("id", .9); session.advance(1); session.set("id", .2)
+    assert session.changes == [dict(step=2, knob="id", value=.9)] and session.held == dict(id=.2)
+
+def test_the_stage_split_moves_until_the_second_stage_begins(session):
+    session.advance(3); session.set("split", 1); session.advance(1)                             # earlier than now means now
+    assert session.changes == [dict(step=3, knob="split", value=3)] and [t["stage"] for t in session.state.trace] == [0, 0, 0, 1]
+    with pytest.raises(InputError, match="which has begun"): session.set("split", 8)
+    session.undo(0); session.set("split", 8); session.advance(6); assert {t["stage"] for t in session.state.trace} == {0}
+
+def test_undo_and_restart_forget_what_came_after(session):
+    session.advance(4); at4 = session.state.copy()
+    session.set("mv", .3); session.advance(3); session.set("rate", .05); session.advance(3)
+    session.undo()
+    assert session.state.step == 8 and [c["knob"] for c in session.changes] == ["mv", "rate"]   # snapshots at 0, 4, 8
+    session.undo()
+    assert session.state.step == 4 and not session.changes and torch.equal(session.state.w, at4.w) and session.undone == [dict(at=10, to=8), dict(at=8, to=4)]
+    session.advance(2); session.set("geo", .2); session.advance(1); session.restart(keep=True); session.advance(1)
+    assert session.state.step == 1 and session.changes == [dict(step=0, knob="geo", value=.2)] and used(session, "geo") == [.2]
+    with pytest.raises(InputError, match="no snapshot|there is none"): session.undo(-1).result()
+
+def test_undone_steps_leave_no_trace_in_the_result(small, face, session):
+    session.advance(5); session.set("geo", 3.); session.advance(4); session.undo(4); session.advance()
+    assert torch.equal(session.result().ws, invert(face, small, SHORT, psi=Plain(), phi=Plain()).ws)
+
+def test_a_run_in_the_background_pauses_steps_and_is_replayed_to_the_bit(small, face, session, tmp_path):
+    seen = []
+    session.watchers.append(lambda s, step: (seen.append(step), time.sleep(.01)))
+    session.start(); session.pause(); assert session.wait(300) and session.state.step < 12       # it rests where it was told to
+    at = session.state.step
+    session.step(); session.wait(300); assert session.state.step == at + 1
+    session.set("perceptual_weight", 2.); session.set("offset", .3); session.start()
+    while session.state.step < at + 3: time.sleep(.001)
+    session.set("l1", .2); session.set("rate", .002); assert session.wait(300) and session.done
+    assert seen[-1] is None and [c["knob"] for c in session.changes][:2] == ["perceptual_weight", "offset"] and len(session.changes) >= 2
+    done = session.result()
+    again = replay(face, small, json.loads(json.dumps(done.report)), Plain(), Plain())
+    assert torch.equal(again.ws, done.ws) and again.report["hand"]["changes"] == session.changes and used(session, "rec") == [float(t["weights"]["rec"]) for t in again.trace]
+    other = replay(face, small, dict(done.report, hand=dict(done.report["hand"], changes=[])), Plain(), Plain())
+    assert not torch.equal(other.ws, done.ws)                                                   # the changes did change something
+    with pytest.raises(InputError, match="another one"): replay(-face, small, done.report, Plain(), Plain())
+    with pytest.raises(InputError, match="without 'hand'"): replay(face, small, {})
+
+def test_a_stopped_replay_ends_where_the_run_did(small, face, session):
+    session.advance(3); session.set("rate", .03); session.advance(2)
+    part = session.result()
+    assert part.report["steps"] == 5 and torch.equal(replay(face, small, part.report, Plain(), Plain()).ws, part.ws)
+
+def test_a_divergence_stops_the_run_and_leaves_it_usable(session, monkeypatch):
+    session.advance(5)
+    monkeypatch.setattr(Plain, "distance", lambda self, a, b: (a - b).square().mean((1, 2, 3)) * math.nan)
+    session.start(); session.wait(300)
+    assert session.phase == "stopped" and "not finite at step 5" in session.error and session.state.w.isfinite().all()
+    monkeypatch.undo()
+    session.undo(); session.start(); assert session.wait(300) and session.done and not session.error
+
+def test_a_failure_in_the_background_is_raised_to_whoever_waits(session):
+    session.watchers.append(lambda s, step: 1 / 0)
+    session.start()
+    with pytest.raises(ZeroDivisionError): session.wait(300)
+
+def test_a_configuration_comes_back_from_json():
+    assert config_of(json.loads(json.dumps(config_to_dict(SHORT)))) == SHORT
+    with pytest.raises(InputError): config_of(dict(lambdas=1))
+
+def test_save_writes_what_invert_writes(session, tmp_path, coarse):
+    session.advance(4); session.set("geo", .2); session.advance(1)
+    report = save_session(session, tmp_path/"a", "face.png")
+    assert sorted(p.name for p in (tmp_path/"a").iterdir()) == sorted(FILES) and set(report) == {*FIELDS, "hand"}
+    t, meta = load_latent(tmp_path/"a"/"latent.safetensors")
+    assert torch.equal(t["ws"], session.result().ws) and meta["config"]["geo"] == dict(points=[[0., .2]]) and meta["image"] == "face.png"
+    again = replay(session.image, session.generator, tmp_path/"a"/"report.json", Plain(), Plain())
+    assert torch.equal(again.ws, t["ws"])
+
+def test_the_cockpit_steers_by_its_widgets_and_degrades(small, face, tmp_path, coarse):
+    c = cockpit(face, small, SHORT, folder=tmp_path/"out", every=4, psi=Plain(), phi=Plain())
+    s = c.session
+    try:
+        assert all(p.value[:2] == b"\xff\xd8" for p in c.pictures.values()) and c.draws == 1
+        c.buttons["step"].click(); s.wait(300)
+        c.sliders["geo"].value = .6
+        assert c.hands["geo"].value and s.held == dict(geo=.6) and "♦" not in c.sparks["geo"].value
+        c.buttons["start"].click(); assert s.wait(300) and s.done
+        assert s.changes == [dict(step=1, knob="geo", value=.6)] and used(s, "geo")[1:] == [.6] * 11
+        lines = {line.name: line for line in c.chart.data}
+        assert len(lines["total"].x) == 12 and list(lines["by hand"].x) == [1] and len(lines["yaw"].y) == 12
+        assert "finished" in c.status.value and c.sparks["geo"].value.count("<path") == 1
+        c.buttons["undo"].click(); s.wait(300); assert s.state.step == 8 and len(lines["total"].x) == 8
+        c.hands["geo"].value = False; c.buttons["step"].click(); s.wait(300); assert s.changes[-1] == dict(step=8, knob="geo", value=None) and not c.hands["geo"].value
+        assert c.sliders["geo"].value == pytest.approx(planned(SHORT, "geo", 9), abs=.01) and "geo" not in s.held         # the slider follows the schedule again, and is no hand
+        c.buttons["save"].click(); c.saver.join(300); assert "saved" in c.status.value and (tmp_path/"out"/"report.json").exists() and not c.buttons["save"].disabled
+        bundle = c._repr_mimebundle_()
+        assert "application/vnd.jupyter.widget-view+json" in bundle and Image.open(io.BytesIO(base64.b64decode(bundle["image/jpeg"]))).size[0] > 800
+    finally: s.close()
+
+def test_the_display_keeps_to_its_share(small, face, monkeypatch):
+    c = cockpit(face, small, SHORT, share=.2, psi=Plain(), phi=Plain())
+    now = [0.]
+    monkeypatch.setattr(viewer.time, "perf_counter", lambda: now[0])
+    def draw(): now[0] += .1                                                                    # a drawing costs a tenth of a second
+    monkeypatch.setattr(c, "_draw_chart", draw); c.next = drawn = 0.
+    for _ in range(1000):                                                                       # a step costs a hundredth
+        now[0] += .01
+        before = now[0]; c._watch(c.session, object()); drawn += now[0] - before
+    assert .15 < drawn / now[0] < .2 + 1e-9
+
+def test_a_flip_book_is_one_sheet_and_its_texts():
+    colours = [[torch.full((1, 3, 8, 8), v) for v in row] for row in ((-1., 0.), (0., 1.), (1., -1.))]
+    book = Flipbook(colours, [["a", "b"], ["c", "<d>"], ["e", "f"]], ("one", "two"), width=16)
+    page = book._repr_html_()
+    sheet = Image.open(io.BytesIO(base64.b64decode(page.split("base64,")[1].split('"')[0])))
+    assert sheet.size == (32, 48) and page.count('type="range"') == 2 and 'max="2"' in page and "&lt;d&gt;" in page and "<d>" not in page
+    assert sheet.getpixel((8, 8))[0] < 30 and sheet.getpixel((24, 24))[0] > 225 and sheet.getpixel((24, 40))[0] < 30
+    with pytest.raises(InputError, match="full rows"): Flipbook([[colours[0][0]], []], [["a"], []], ("one",))
+
+def test_scrubber_and_grid_and_pose_view(small, face, session):
+    session.advance(8)
+    book = scrubber(session.snapshots, small)
+    assert [t[0].split(",")[0] for t in book.texts] == ["step 0", "step 4", "step 8"] and book.pictures[0][0].shape == (1, 3, 16, 48)
+    assert len(scrubber(session.snapshots, small, limit=2).pictures) == 2
+    grid = weights_grid(face, small, with_steps(SHORT, 4), ("geo", (0., 5.)), ("id", (0., .5, 1.)), Plain(), Plain())
+    assert len(grid.pictures) == 2 and len(grid.pictures[0]) == 3 and "geo 5, id 0.5: PSNR" in grid.texts[1][1]
+    assert not torch.equal(grid.pictures[0][0], grid.pictures[1][2])
+    live = pose_view(small, session.result().ws, 16, (-20, 20), (0,))
+    bundle = live._repr_mimebundle_()
+    before = live.box.children[2].value; live.box.children[0].value = 40
+    assert live.box.children[2].value != before and "text/html" in bundle and bundle["text/html"].count("range") == 2
+    with pytest.raises(InputError, match="at least one state"): scrubber({}, small)
+
+def test_depth_against_the_truth_ignores_scale_and_shift_and_nothing_else():
+    p = portrait(10_000_003, 64)
+    inside = p.mask > .5
+    fitted, error, true = depth_against(p.depth * .7 + .4, p.depth, p.mask)
+    assert error[inside].abs().max() < 1e-4 and error[~inside].isnan().all() and torch.equal(true[inside], p.depth[inside])
+    bent = p.depth.clone(); bent[..., 20:24, 30:34] += .1
+    error = depth_against(bent, p.depth, p.mask)[1]
+    assert error[..., 20:24, 30:34].mean() > .08 and error.nan_to_num()[..., 40:, :].abs().mean() < .01                # + is too far
+    with pytest.raises(InputError, match="two pixels"): depth_against(p.depth, p.depth, p.mask * 0)
+
+def test_surfaces_side_by_side(tmp_path):
+    s, pose = Sphere(), Pose.deg(10.)
+    view = s.render(None, pose)
+    pair = [seen_surface(view, pose, s.config, "a", limit=24), seen_surface(view, pose, s.config, "b", limit=24, error=view.depth - 2.6)]
+    assert pair[0].points.shape == (24, 24, 3) and pair[1].error
+    fig = surface_figure(pair)
+    assert len(fig.data) == 2 and fig.data[1].cmin == -fig.data[1].cmax and len(json.dumps(fig.to_plotly_json(), default=str)) < 200_000
+    surface_still(pair, dots=True, path=tmp_path/"s.png"); assert Image.open(tmp_path/"s.png").size[0] > 500
+    with pytest.raises(InputError, match="at least one"): surface_figure([])
+
+def test_background_is_cut_from_a_mesh(tmp_path):
+    class Before(Sphere): # a wall
+        def field(self, planes, xyz):
+            gap, colour = super().field(planes, xyz)
+            return torch.maximum(gap, (-.2 - xyz[..., 2]) * 400), colour
+    cut, whole = (mesh(Before(), torch.zeros(1, 4), tmp_path/f"{i}.ply", resolution=48, **k) for i, k in enumerate((dict(), dict(side=9., back=9.))))
+    size = [trimesh.load(m.path).extents for m in (cut, whole)]
+    assert cut.watertight and size[0][0] < .46 and size[1][0] > .55 and size[0][2] < .46

@@ -8,6 +8,7 @@ from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernel
 from tree import ROOT, notebooks, private_jupyter, tree_copy
 
 FLAGS = ("slow", "gpu", "net") # as tst_flags in settings.ini: cells marked so are left out unless asked for
+WIDGET = "application/vnd.jupyter.widget-view+json"
 SECONDS = ROOT/".venv"/"chapters.json" # how long each took last time, so that the longest start first
 
 def skipped(
@@ -17,6 +18,12 @@ def skipped(
     "Does a directive of this cell (`#| eval: false`, `#| slow` ...) take it out?"
     directives = re.findall(r"^\s*#\s*\|\s*(.+?)\s*$", source, re.M)
     return any(re.fullmatch(r"eval:\s*false", d) or (d in FLAGS and d not in flags) for d in directives)
+
+def still(nb):
+    "Leave what a page without a kernel can show: no widgets beside the figure or page that stands for them"
+    nb.metadata.pop("widgets", None)
+    for data in (o.data for c in nb.cells for o in c.get("outputs", []) if "data" in o):
+        if set(data) - {WIDGET, "text/plain"}: data.pop(WIDGET, None)
 
 def told(error:Exception) -> str:
     "The end of an error as plain text"
@@ -35,7 +42,7 @@ async def execute(path, flags, timeout) -> str: # "" or what went wrong
                 try: await client.async_execute_cell(cell, i)
                 except (CellExecutionError, CellTimeoutError, DeadKernelError) as e: return f"cell {i}:\n{told(e)}"
     except TimeoutError: return f"took longer than {timeout} s"
-    nb.metadata.pop("widgets", None)
+    still(nb)
     nbformat.write(nb, path)
     return ""
 
