@@ -7,11 +7,11 @@ __all__ = ['OFFSETS', 'MEASURES', 'MS_SSIM_BETAS', 'SETS', 'SELF', 'OWN_SEED', '
            'AGAINST_TRUTH', 'VIEWS', 'Measure', 'Judges', 'load_judges', 'protocol', 'image_metrics', 'depth_error',
            'aligned_pose_error', 'normals', 'normal_error', 'PoseOracle', 'train_oracle', 'load_oracle', 'frechet',
            'generator_figures', 'PortraitSet', 'set_seeds', 'Truth', 'portrait_truth', 'own_truth', 'truth_of',
-           'Answer', 'answer', 'score', 'parse_rows', 'read_rows', 'Busy', 'RowFile', 'methods', 'resolve',
-           'check_judges', 'Meter', 'attempt', 'one_of', 'asked', 'evaluate', 'interval', 'groups', 'pose_errors',
-           'means', 'paired', 'verdict', 'label', 'shown', 'markdown_table', 'table', 'differences', 'depth_tile',
-           'strip', 'keep_strips', 'safe', 'stem', 'figure', 'figures', 'write_tables', 'report', 'benchmark',
-           'read_views', 'read_depth', 'read_answer', 'score_views', 'write_views']
+           'Answer', 'answer', 'score', 'parse_rows', 'read_rows', 'Busy', 'RowFile', 'resolve', 'check_judges',
+           'Meter', 'attempt', 'one_of', 'asked', 'evaluate', 'interval', 'groups', 'pose_errors', 'means', 'paired',
+           'verdict', 'label', 'shown', 'markdown_table', 'table', 'differences', 'depth_tile', 'strip', 'keep_strips',
+           'safe', 'stem', 'figure', 'figures', 'named', 'write_tables', 'report', 'benchmark', 'read_views',
+           'read_depth', 'read_answer', 'score_views', 'write_views']
 
 # %% ../nbs/15_evaluation.ipynb #34624b26
 import dataclasses, functools, json, math, os, time
@@ -20,12 +20,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
+from .baselines import METHODS
 from .camera import FOCAL, Pose, align_pose, fit_frame, intrinsics, turn, unproject
 from .checkpoints import ASSETS
 from .core import InputError, check_shape, config_hash, config_to_dict, image_grid, load_image, resize, rng, save_image, save_json, whole_file
 from .features import load_identity, load_perceptual
 from .losses import depth_std
-from .optimiser import InvertConfig, Inversion, Schedule, Stage, constant, invert, quick
+from .optimiser import InvertConfig, Inversion, Schedule, Stage, constant, quick
 from .portraits import HELD_OUT, STYLES, draw, portrait_batch
 from .pose import PoseFreeGenerator
 from .stylegan import Conv, Linear, ResidualBlock, lrelu
@@ -376,20 +377,14 @@ ABLATIONS = dict( # name -> configuration -> configuration: the rows of the pape
     one_stage=lambda c: dataclasses.replace(c, stages=(Stage(c.steps, 1, c.stages[-1].rate, c.stages[-1].layers),)),
     no_curriculum=lambda c: dataclasses.replace(c, **{k: _share(getattr(c, k)) for k in ("rec", "id", "mv", "geo", "mv_yaw", "mv_pitch")}))
 
-def methods() -> dict: # name -> a function with the signature of `invert`
-    "Ours and the baselines of chapter 14"
-    try: from posefree_kit.baselines import METHODS
-    except ModuleNotFoundError: METHODS = {}
-    return dict(latent=invert) | METHODS
-
 def resolve(method, config:InvertConfig, ablation:str="full") -> tuple: # its label, the function, the configuration
     "A method by name, `latent:w` for another space, or any function with the signature of `invert`"
     if ablation not in ABLATIONS: raise InputError(f"expected an ablation among {', '.join(ABLATIONS)}; got {ablation!r}")
     config = ABLATIONS[ablation](config)
     if callable(method): return getattr(method, "__name__", type(method).__name__), method, config
     name, _, space = method.partition(":")
-    if name not in (known := methods()): raise InputError(f"expected a method among {', '.join(known)}, or one of them with :w or :w+; got {method!r}")
-    return method, known[name], dataclasses.replace(config, space=space) if space else config
+    if name not in METHODS: raise InputError(f"expected a method among {', '.join(METHODS)}, or one of them with :w or :w+; got {method!r}")
+    return method, METHODS[name], dataclasses.replace(config, space=space) if space else config
 
 def check_judges(judges:Judges, config:InvertConfig):
     "A judge must not have been in the loss"
@@ -445,7 +440,7 @@ def asked(images, n:int, G) -> tuple: # the set's name, the images' names, and n
     "What `evaluate` is to be asked about: a set by name, seeds of portraits, or images of which nothing is known"
     if isinstance(images, str): return images, set_seeds(images, n), lambda names: truth_of(images, names, G)
     if isinstance(images, Tensor) and images.ndim == 4: return "images", list(range(len(images))), lambda names: Truth(tuple(names), resize(images[list(names)], G.resolution))
-    return "portraits", torch.as_tensor(list(images)).tolist(), lambda names: truth_of("portraits", names, G)
+    return "seeds", torch.as_tensor(list(images)).tolist(), lambda names: truth_of("seeds", names, G)
 
 def evaluate(
     method, # a name that `resolve` knows, or any function with the signature of `invert`
@@ -608,7 +603,7 @@ def figure(rows:list, folder, path): # rows: of one set and generator; folder: o
     names = sorted({p.name.split(".")[0] for p in Path(folder).glob("*.truth.png")})
     lines = [("truth", "truth")] + [(label(g[0]) + f"\n{g[0]['preset']}, {g[0]['steps']}", stem(g[0], "strip")) for g in groups(rows).values()]
     lines = [(text, who) for text, who in lines if any((Path(folder)/f"{n}.{who}.png").exists() for n in names)]
-    fig = Figure((.6 + 3.2 * len(names), .35 + .85 * len(lines)), layout="constrained", dpi=120)
+    fig = Figure((.6 + 3.2 * len(names), .35 + .85 * len(lines)), layout="constrained", dpi=90)
     axes = fig.subplots(len(lines), len(names), squeeze=False)
     for j, name in enumerate(names):
         for i, (text, who) in enumerate(lines):
@@ -631,17 +626,22 @@ def figures(rows:list, out) -> list: # paths
     return made
 
 # %% ../nbs/15_evaluation.ipynb #c0a11023
+def named(row:dict) -> str: # `latent:w+` is `latent`, and `latent` run in w is `latent:w`
+    "One name for a method, however its space was asked for"
+    name = row["method"].removesuffix(":w+").removesuffix(":w")
+    return f"{name}:w" if row.get("space") == "w" else name
+
 def write_tables(out) -> list: # rows, with pose errors
     "Join the parts of a run: rows.jsonl, table.csv, table.md, runs.json and figures/"
     import csv
     out = Path(out)
-    rows, cards = pose_errors(read_rows(out/"rows")), [json.loads(p.read_text(encoding="utf-8")) for p in sorted((out/"rows").glob("*.json"))]
+    rows, cards = pose_errors([dict(r, method=named(r)) for r in read_rows(out/"rows")]), [json.loads(p.read_text(encoding="utf-8")) for p in sorted((out/"rows").glob("*.json"))]
     if not rows: return rows
     columns = list(dict.fromkeys(k for r in rows for k in r))
     with whole_file(out/"rows.jsonl") as tmp: tmp.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
     with whole_file(out/"table.csv") as tmp, open(tmp, "w", newline="", encoding="utf-8") as f: w = csv.DictWriter(f, columns); w.writeheader(); w.writerows(rows)
     protocols = {json.dumps(c["protocol"], sort_keys=True): c["protocol"] for c in cards}
-    save_json(dict(protocols=list(protocols.values()), configs={c["row"]["config"]: c["config"] for c in cards}, runs=[c["row"] for c in cards]), out/"runs.json")
+    save_json(dict(protocols=list(protocols.values()), configs={c["row"]["config"]: c["config"] for c in cards}, runs=[c["row"] | dict(method=named(c["row"] | dict(space=c["config"].get("space")))) for c in cards]), out/"runs.json")
     with whole_file(out/"table.md") as tmp: tmp.write_text(report(rows, protocols.values()), encoding="utf-8")
     figures(rows, out)
     return rows
@@ -677,7 +677,7 @@ def benchmark(
         row = dict(set=s, method=m, ablation=a, generator=generator.name, sha256=generator.sha256[:12], config=config_hash(c))
         path, strips = Path(out)/"rows"/f"{stem(row)}.jsonl", Path(out)/"images"/f"{safe(s)}.{row['sha256']}"
         save_json(dict(row=row, config=config_to_dict(c), protocol=protocol(judges, generator.resolution)), path.with_suffix(".json"))
-        try: evaluate(m, s, generator, config, n, batch, a, path, resume, judges, keep_strips(strips, stem(row, "strip"), set_seeds(s, min(n, pictures))), progress)
+        try: evaluate(m, s, generator, config, n, batch, a, path, resume, judges, keep_strips(strips, stem(row | dict(method=named(row | dict(space=c.space))), "strip"), set_seeds(s, min(n, pictures))), progress)
         except Busy as e: say(f"note: {e}; it is left to that process")
     return write_tables(out)
 
