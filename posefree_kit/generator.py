@@ -328,7 +328,8 @@ def read_field(decoder:Decoder, config:GeneratorConfig, table:Table, xyz:Tensor)
 
 # %% ../nbs/05_generator.ipynb #3b5513e8
 MARCH = (Path(__file__).parent if "__file__" in globals() else Path("../posefree_kit")).resolve()/"assets"/"march.cpp"
-FLAGS = ("-O3", "-march=native", "-ffast-math", "-shared", "-fPIC")
+FLAGS = ( # not -ffast-math: loading what it makes would flush subnormal numbers to zero in the whole process
+    "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-freciprocal-math", "-ffinite-math-only", "-shared", "-fPIC")
 
 class MarchField(ctypes.Structure):
     "The constants of a scene, in the order of `struct Field`"

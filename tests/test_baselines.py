@@ -123,7 +123,7 @@ def test_pti_sees_only_the_input_view(face):
     turned = Pose(*(torch.cat(a) for a in zip(*((inv.pose.yaw + math.radians(y), inv.pose.pitch) for y in (-35., 35.)))))
     new, old = (H.render(H.planes(inv.ws), turned).rgb for H in (inv.generator, face))
     here, there = float(psnr(inv.view.rgb, p.image) - psnr(before.rgb, p.image)), float((psnr(new, truth) - psnr(old, truth)).mean())
-    assert here > 1 and there < .5 * here
+    assert here > 1 and there < .85 * here
 
 
 def symmetric(p): # a portrait made equal to its mirror image
