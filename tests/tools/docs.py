@@ -1,5 +1,5 @@
 "Build the site into _docs/: nbdev processes the notebooks, Quarto renders them; without Quarto, pandoc and the template in site/ do. Both read _quarto.yml."
-import ast, base64, functools, html, importlib, itertools, json, os, re, shutil, subprocess, sys
+import ast, base64, functools, html, importlib, inspect, itertools, json, os, re, shutil, subprocess, sys, textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +17,7 @@ class Page:
     part:str # of the sidebar; "" for the front page
     title:str = ""
     description:str = ""
+    lead:str = "" # the description as HTML
     href:str = "" # the page, seen from the site's top
     body:str = "" # HTML
     headings:list = field(default_factory=list) # (level, id, text)
@@ -54,21 +55,25 @@ def module(name:str) -> dict: # name -> its definition, as ast
 def parameters(node) -> list: # (name with its stars, type, default), as the source says them
     "What a function takes, or a dataclass holds"
     text = lambda n: ast.unparse(n) if n is not None else ""
+    def row(name, kind, default=None): # Annotated[Path, typer.Option(help="...")] is a Path
+        if isinstance(kind, ast.Subscript) and text(kind.value) == "Annotated": kind = kind.slice.elts[0]
+        return name, text(kind), text(default)
     if isinstance(node, ast.ClassDef):
         init = next((n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None)
-        if init is None: return [(n.target.id, text(n.annotation), text(n.value)) for n in node.body if isinstance(n, ast.AnnAssign)]
-        return parameters(init)[1:]
+        return parameters(init)[1:] if init else [row(n.target.id, n.annotation, n.value) for n in node.body if isinstance(n, ast.AnnAssign)]
     a = node.args
     plain = a.posonlyargs + a.args
-    rows = [(p.arg, text(p.annotation), text(d)) for p, d in zip(plain, [None] * (len(plain) - len(a.defaults)) + a.defaults)]
-    rows += [(f"*{a.vararg.arg}", text(a.vararg.annotation), "")] if a.vararg else [("*", "", "")] if a.kwonlyargs else []
-    rows += [(p.arg, text(p.annotation), text(d)) for p, d in zip(a.kwonlyargs, a.kw_defaults)]
-    return rows + ([(f"**{a.kwarg.arg}", text(a.kwarg.annotation), "")] if a.kwarg else [])
+    rows = [row(p.arg, p.annotation, d) for p, d in zip(plain, [None] * (len(plain) - len(a.defaults)) + a.defaults)]
+    rows += [row(f"*{a.vararg.arg}", a.vararg.annotation)] if a.vararg else [("*", "", "")] if a.kwonlyargs else []
+    rows += [row(p.arg, p.annotation, d) for p, d in zip(a.kwonlyargs, a.kw_defaults)]
+    return rows + ([row(f"**{a.kwarg.arg}", a.kwarg.annotation)] if a.kwarg else [])
 
-def docmented(where:str, name:str, names) -> dict: # parameter, or "return" -> what its comment says
-    "docments of a definition; a comment on a line of its own may name its parameter (`x: (B, 3)`)"
+def docmented(where:str, name:str, names) -> dict: # parameter, or "return" -> what is said of it
+    "docments of a definition, or the help of a command's option; a comment on a line of its own may name its parameter (`x: (B, 3)`)"
     from fastcore.docments import docments
-    said = {k: v for k, v in docments(getattr(importlib.import_module(f"posefree_kit.{where}"), name)).items() if v}
+    obj = getattr(importlib.import_module(f"posefree_kit.{where}"), name)
+    said = {k: note.help for k, a in inspect.get_annotations(obj).items() for note in getattr(a, "__metadata__", ()) if getattr(note, "help", None)}
+    said |= {k: v for k, v in docments(obj).items() if v}
     for key, text in list(said.items()):
         if (m := re.match(r"(\w+): ", text)) and m[1] in names and m[1] not in said: said[m[1]] = said.pop(key)[m.end():]
     return said
@@ -86,19 +91,22 @@ def entry(
     source = "\n".join(lines[min(n.lineno for n in (node, *node.decorator_list)) - 1:node.end_lineno])
     rows, result = parameters(node), ast.unparse(node.returns) if getattr(node, "returns", None) else ""
     said = docmented(where, name, {n for n, _, _ in rows})
-    args = [n + (f"={d}" if d else "") for n, _, d in rows]
-    call = f"{name}({', '.join(args)})" if len(name) + len(", ".join(args)) < 84 else name + "(\n    " + ",\n    ".join(args) + ")"
+    args = ", ".join(n + (f"={d}" if d else "") for n, _, d in rows)
+    call = f"{name}({args})" if len(name + args) < 84 else f"{name}(\n{textwrap.indent(textwrap.fill(args, 80, break_long_words=False), '    ')})"
     if isinstance(node, ast.ClassDef) and not rows: call = f"class {name}({', '.join(map(ast.unparse, node.bases))})"
     code = lambda s: f"<code>{html.escape(s)}</code>" if s else ""
-    text = lambda s: re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(s or ""))
-    table = [(code(n), code(t), code(d), text(said.get(n.strip("*")))) for n, t, d in rows if n != "*"]
-    if "return" in said: table.append(("<em>returns</em>", code(result), "", text(said["return"])))
+    table = [(code(n), code(t), code(d), ticked(said.get(n.strip("*"), ""))) for n, t, d in rows if t or d or n.strip("*") in said]
+    if "return" in said: table.append(("<em>returns</em>", code(result), "", ticked(said["return"])))
     head = ("field" if isinstance(node, ast.ClassDef) else "parameter", "type", "default", "meaning, shape, unit")
     tr = lambda cells, tag="td": "<tr>" + "".join(f"<{tag}>{c}</{tag}>" for c in cells) + "</tr>"
     shown = raw(f'<div class="wide"><table class="parameters">{tr(head, "th")}{"".join(map(tr, table))}</table></div>') if any(r[3] for r in table) else ""
+    inside = [n for n in node.body if isinstance(n, ast.FunctionDef) and n.name[0] != "_"] if isinstance(node, ast.ClassDef) else []
+    methods = ", ".join(f'<code id="{name.lower()}.{n.name.lower()}">{n.name}({", ".join(p[0] for p in parameters(n) if p[0] not in ("self", "cls"))})</code>' for n in inside)
     return "\n\n".join(filter(None, [
         f"::: entry\n### `{name}`", fenced(call + (f" -> {result}" if result else ""), "python"), NbdevLookup().linkify(ast.get_docstring(node) or ""),
-        shown, raw(f'<details class="source"><summary>source: {where}.py, line {node.lineno}</summary>'), fenced(source, "python"), raw("</details>"), ":::"]))
+        shown, raw(f'<p class="methods">methods: {methods}</p>') if methods else "", raw(f'<details class="source"><summary>source: {where}.py, line {node.lineno}</summary>'), fenced(source, "python"), raw("</details>"), ":::"]))
+
+def ticked(text:str) -> str: return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text)) # the little Markdown of a comment, as HTML
 
 def picture(data:str, kind:str, path:Path, alt:str) -> str: # data: base64; -> HTML
     "Write a picture beside the page"
@@ -125,6 +133,7 @@ def markdown(
     "A processed notebook in pandoc's Markdown, which is Quarto's"
     said = yaml.safe_load(nb.cells[0].source.strip().strip("-"))
     page.title, page.description = said["title"], said.get("description", "")
+    page.lead = ticked(page.description)
     page.href = str(Path(page.source).with_name(said.get("output-file", Path(page.source).stem + ".html")).as_posix())
     exports = re.search(r"#\|\s*default_exp\s+(\w+)", (ROOT/"nbs"/page.source).read_text(encoding="utf-8"))
     blocks, entries, heading = [], [], page.title
@@ -150,7 +159,12 @@ def notebook(path:Path):
     import nbformat
     raw = json.loads(path.read_text(encoding="utf-8"))
     for cell in raw["cells"]: cell.pop("has_sd", None)
-    return nbformat.reads(json.dumps(raw), as_version=4)
+    nb = nbformat.reads(json.dumps(raw), as_version=4)
+    for cell in nb.cells: # what was printed in one go was stored as it came
+        if cell.cell_type != "code": continue
+        for before, after in itertools.pairwise(list(cell.outputs)):
+            if after.get("name") and after.get("name") == before.get("name"): after.text = before.text + after.text; cell.outputs.remove(before)
+    return nb
 
 def linked(body:str, page:Page, hrefs:dict) -> str: # hrefs: notebook -> page, both from the site's top
     "Links to notebooks, to the site's top and to pictures, seen from this page"
@@ -160,6 +174,8 @@ def linked(body:str, page:Page, hrefs:dict) -> str: # hrefs: notebook -> page, b
         if re.match(r"\w+:|//", m[2]) or not target or there not in hrefs and not target.startswith("/"): return m[0]
         return f'{m[1]}="{page.up}{hrefs.get(there, there)}{mark}{anchor}"'
     body = re.sub(r'\b(href)="([^"]*)"', place, body)
+    body = re.sub(r'<a href="#cb\d+-\d+"[^>]*></a>|(?<=<span) id="cb\d+-\d+"', "", body) # pandoc's anchor at every line of code
+    body = re.sub(r'<a href="[^"]*#_[^"]*">(.*?)</a>', r"\1", body) # nbdev links private names too, which have no entry
     return body.replace('"FIGURES/', f'"{page.up}figures/')
 
 def plain(proc:Path, out:Path):
