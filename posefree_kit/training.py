@@ -249,11 +249,13 @@ def wall_loss(view:View, radius:float, behind:float=.1) -> Tensor: # View of (B,
     "Optical depth of rays that stop more than `behind` past the head's centre: a background painted on a solid wall turns with the head; it belongs to the background network (ours)"
     return (-torch.log1p(-.999 * view.weight) * (view.depth > radius + behind)).mean()
 
-def symmetry_loss(G, planes, generator:torch.Generator, size:int=32, scale:float=.03) -> Tensor: # planes of (B, ...) -> scalar in [0, 1]
-    "How unlike depth from pose 0 is to its mirror image, where both halves are covered; differences far over `scale` (hair on one side) no longer count (ours)"
+def symmetry_loss(G, planes, generator:torch.Generator, size:int=32, scale:float=.05) -> Tensor: # planes of (B, ...) -> scalar in [0, 1]
+    "How unlike depth from pose 0 is to its mirror image between brows, cheeks and mouth, where both halves are covered; differences far over `scale` (a strand before the face) no longer count (ours)"
     view = G.render(planes, Pose.deg([0.] * len(planes.w_last)), size=size, jitter=1., generator=generator)
-    both = (view.weight * view.weight.flip(-1)).detach()
-    off = (view.depth - view.depth.flip(-1)).square()
+    across, down = slice(round(.34 * size), size - round(.34 * size)), slice(round(.4 * size), round(.72 * size)) # where portraits have their faces
+    depth, weight = (x[..., down, across] for x in (view.depth, view.weight))
+    both = (weight * weight.flip(-1)).detach()
+    off = (depth - depth.flip(-1)).square()
     return (both * off / (off + scale ** 2)).sum() / both.sum().clamp(min=1)
 
 @torch.no_grad()
