@@ -20,7 +20,7 @@ from torch import nn, Tensor
 from . import losses
 from .camera import Pose, mirror, turn
 from .checkpoints import ASSETS
-from .core import DivergedError, InputError, check_range, check_shape, config_from_dict, config_to_dict, finish_steps, load_values, read_json, read_network, resize, rng, save_json, save_values, sha256, whole_file
+from .core import DivergedError, InputError, check_range, check_shape, config_from_dict, config_to_dict, finish_steps, load_values, read_json, read_network, resize, rng, save_json, save_values, sha256, tensor_bytes, whole_file
 from .features import load_identity, load_perceptual
 from .generator import Planes, View
 from .optimiser import FreePose, Inversion, InvertConfig, InvertState, Networks, Step, constant, invert, prepare, quick, render_at, result, search_start, warm_cosine, with_steps
@@ -428,8 +428,7 @@ def latent_figures(net:LatentEncoder, G:PoseFreeGenerator, images:Tensor, people
 
 def save_latent_encoder(net:LatentEncoder, path, generator:PoseFreeGenerator, **card):
     "Write an encoder in half precision, and its card, which names the generator that it belongs to"
-    from safetensors.torch import save
-    data = save({k: v.detach().half().cpu().contiguous() for k, v in net.state_dict().items()})
+    data = tensor_bytes({k: v.half() for k, v in net.state_dict().items()}, {})
     with whole_file(path) as tmp: tmp.write_bytes(data)
     save_json(dict(name=Path(path).stem, config=config_to_dict(net.config), sha256=sha256(data), bytes=len(data), generator=dict(name=generator.name, sha256=generator.sha256), **card), Path(path).with_suffix(".json"))
 

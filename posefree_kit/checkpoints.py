@@ -13,7 +13,7 @@ import collections, json, math, pickle, re, warnings
 from pathlib import Path
 import numpy as np
 import torch
-from .core import InputError, config_from_dict, config_to_dict, open_tensors, read_json, read_network, read_torch, resolve_device, save_json, sha256, whole_file
+from .core import InputError, config_from_dict, config_to_dict, open_tensors, read_json, read_network, read_torch, resolve_device, save_json, sha256, tensor_bytes, whole_file
 from .discriminator import Discriminator, DiscriminatorConfig
 from .generator import AXES, GeneratorConfig
 from .pose import PoseFreeGenerator
@@ -30,13 +30,12 @@ def save_checkpoint(
     half:bool|None=None, # half precision; default: yes, but an imported generator is kept exactly
 ) -> Path:
     "Write weights (half precision, unless told otherwise) and card, each whole"
-    from safetensors.torch import save
     path = Path(path).with_suffix(".safetensors")
     state = {f"G.{k}": v for k, v in generator.state_dict().items()}
     if discriminator is not None: state |= {f"D.{k}": v for k, v in discriminator.state_dict().items() if not k.startswith("old_rgb")}
     info = dict(format=FORMAT, generator=config_to_dict(generator.config), discriminator=config_to_dict(discriminator.config) if discriminator is not None else None)
     half = generator.source is None if half is None else half
-    data = save({k: v.detach().to(torch.half if half else torch.float).cpu().contiguous() for k, v in state.items()}, {k: json.dumps(v) for k, v in info.items()})
+    data = tensor_bytes({k: v.to(torch.half if half else torch.float) for k, v in state.items()}, info)
     with whole_file(path) as tmp: tmp.write_bytes(data)
     save_json(dict(name=path.stem, sha256=sha256(data), bytes=len(data)) | info | ({} if generator.source is None else dict(source=generator.source)) | (card or {}), path.with_suffix(".json"))
     return path

@@ -7,8 +7,8 @@ __all__ = ['GLOSSARY', 'MAX_SIDE', 'MAX_PIXELS', 'MANY_PIXELS', 'FORMATS', 'Inpu
            'check_shape', 'resolve_device', 'rng', 'seed_everything', 'image_to_tensor', 'tensor_to_image',
            'load_image', 'readable', 'resize', 'image_grid', 'whole_file', 'finish_steps', 'memory_advice',
            'save_image', 'save_json', 'sha256', 'config_to_dict', 'config_hash', 'config_from_dict', 'check_range',
-           'parse_json', 'read_json', 'tensor_digest', 'save_tensors', 'open_tensors', 'load_tensors', 'read_network',
-           'save_values', 'load_values', 'read_torch']
+           'parse_json', 'read_json', 'tensor_digest', 'tensor_bytes', 'save_tensors', 'open_tensors', 'load_tensors',
+           'read_network', 'save_values', 'load_values', 'read_torch']
 
 # %% ../nbs/00_core.ipynb #09285743
 import contextlib, dataclasses, glob, hashlib, io, json, math, os, platform, random, signal, threading, types, typing, warnings, zipfile
@@ -47,6 +47,9 @@ GLOSSARY = (
 # %% ../nbs/00_core.ipynb #27948dc2
 class InputError(ValueError):
     "Something the caller gave cannot be used; the message is one line: what was expected, and what came"
+    def __init__(self, message:str): # of at most 2000 characters: what came may be long
+        text = str(message).replace("\n", " ")
+        super().__init__(text if len(text) <= 2000 else text[:1000] + " ... " + text[-995:])
 
 class DivergedError(RuntimeError):
     "A loss stopped being finite; `state` is the last good one"
@@ -299,11 +302,20 @@ def tensor_digest(tensors:dict, values:dict) -> str:
     for _, v in sorted(tensors.items()): h.update(v.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return h.hexdigest()
 
+def tensor_bytes(tensors:dict, values:dict) -> bytes: # values: JSON, for the metadata
+    "The bytes of a .safetensors file: the same for the same content (the library writes metadata in any order)"
+    from safetensors.torch import save
+    data = save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, {k: json.dumps(v) for k, v in values.items()})
+    end = 8 + int.from_bytes(data[:8], "little")
+    head = json.loads(data[8:end]); head["__metadata__"] = dict(sorted(head.get("__metadata__", {}).items()))
+    text = json.dumps(head, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[end:]
+
 def save_tensors(tensors:dict, path, **values): # values: JSON
     "Write tensors and values as one file, whole, with its `tensor_digest` inside"
-    from safetensors.torch import save
     tensors, values = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}, json.loads(json.dumps(values))
-    data = save(tensors, {k: json.dumps(v) for k, v in (values | dict(sha256=tensor_digest(tensors, values))).items()})
+    data = tensor_bytes(tensors, values | dict(sha256=tensor_digest(tensors, values)))
     with whole_file(path) as tmp: tmp.write_bytes(data)
 
 @contextlib.contextmanager

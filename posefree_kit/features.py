@@ -18,8 +18,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
-from safetensors.torch import save
-from .core import InputError, check_range, check_shape, config_from_dict, config_to_dict, load_values, open_tensors, read_json, read_network, read_torch, resize, resolve_device, rng, save_json, save_values, sha256, whole_file
+from .core import InputError, check_range, check_shape, config_from_dict, config_to_dict, load_values, open_tensors, read_json, read_network, read_torch, resize, resolve_device, rng, save_json, save_values, sha256, tensor_bytes, whole_file
 
 # %% ../nbs/10_features.ipynb #5e4b919d
 def arcface_logits(
@@ -256,7 +255,7 @@ def assets(): return Path(str(importlib.resources.files("posefree_kit")))/"asset
 def save_encoder(net:PortraitEncoder, path, **card): # path: NAME.safetensors; the card goes to NAME.json
     "Write an encoder in half precision, and its model card"
     path = Path(path)
-    data = save({k: v.half().contiguous() if v.is_floating_point() else v for k, v in net.state_dict().items() if not k.endswith("num_batches_tracked")})
+    data = tensor_bytes({k: v.half() if v.is_floating_point() else v for k, v in net.state_dict().items() if not k.endswith("num_batches_tracked")}, {})
     with whole_file(path) as tmp: tmp.write_bytes(data)
     save_json(dict(name=path.stem, config=config_to_dict(net.config), sha256=sha256(data), bytes=len(data), **card), path.with_suffix(".json"))
 
