@@ -138,35 +138,37 @@ class _Bytes:
         return self.file.read(n)
 
 class _Counted(dict): # instruction -> what is done for it
-    left = 2_000_000
+    left = 1_000_000
     def __getitem__(self, code):
         self.left -= 1
         if self.left < 0: raise InputError(f"snapshot: expected at most {_Counted.left:,} instructions, got more")
         return super().__getitem__(code)
+
+def _once(f, size:int): # what is unpacked lies in the file of that size, once
+    left = [size]
+    def call(data, *args):
+        left[0] -= len(data)
+        if left[0] < 0: raise InputError("snapshot: expected each storage once, got the same bytes unpacked again and again: refused")
+        return f(data, *args)
+    return call
 
 class SnapshotReader(pickle._Unpickler):
     "Follows a pickle without importing or running anything that it names, in bounded memory: Python's plain reader, since the fast one makes room for whatever index a file names"
     KNOWN = ("torch.nn.", "training.", "torch_utils.", "dnnlib.", "neural_renderer.")
     def __init__(self, file, size:int): # size: of the file, bytes
         super().__init__(_Bytes(file, size))
-        self.dispatch, self.left = _Counted(pickle._Unpickler.dispatch), size
+        self.dispatch = _Counted(pickle._Unpickler.dispatch)
         easy, dtype = dict, _inert("dtype", lambda args: dict(code=args[0] if args else None))
         self.names = {"torch_utils.persistence._reconstruct_persistent_obj": _only(_persistent), "dnnlib.util.EasyDict": easy, "collections.OrderedDict": collections.OrderedDict,
                       "builtins.set": set, "__builtin__.set": set, "torch._utils._rebuild_parameter": _only(_parameter), "torch._utils._rebuild_tensor_v2": _only(_tensor),
-                      "torch.storage._load_from_bytes": _only(self.once(_storage)), "numpy.dtype": dtype, "numpy.core.multiarray.scalar": _only(_scalar), "numpy._core.multiarray.scalar": _only(_scalar),
-                      "_codecs.encode": _only(self.once(_encode))}
+                      "torch.storage._load_from_bytes": _only(_once(_storage, size)), "numpy.dtype": dtype, "numpy.core.multiarray.scalar": _only(_scalar), "numpy._core.multiarray.scalar": _only(_scalar),
+                      "_codecs.encode": _only(_once(_encode, size))}
         def build(reader): # only inert objects take a state; what a container is given beside its content is dropped
             state, target = reader.stack.pop(), reader.stack[-1]
             if not isinstance(target, dict): raise InputError(f"snapshot: expected a state for an object, got one for {type(target).__name__}: refused")
             if hasattr(target, "__setstate__"): target.__setstate__(state)
         def refuse(reader): raise InputError("snapshot: expected tensors and settings, got a byte array: refused")
         self.dispatch |= {pickle.BUILD[0]: build, pickle.BYTEARRAY8[0]: refuse}
-    def once(self, f): # all that is unpacked is in the file, once
-        def call(data, *args):
-            self.left -= len(data)
-            if self.left < 0: raise InputError("snapshot: expected each storage once, got the same bytes unpacked again and again: refused")
-            return f(data, *args)
-        return call
     def find_class(self, module, name):
         key = f"{module}.{name}"
         if key not in self.names:
