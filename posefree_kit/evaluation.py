@@ -701,7 +701,7 @@ def read_views(folder) -> dict: # the content of views.json: method, set, n, siz
     need(v.get("format") == VIEWS, f"format {VIEWS!r}", v.get("format"))
     v = dict(n=32, size=256) | v
     need(not (extra := set(v) - {"format", "method", "set", "n", "size", "images"}), "the keys format, method, set, n, size, images", sorted(extra))
-    need(isinstance(v.get("method"), str) and v["method"], "method as text", v.get("method")); need(v.get("set") in SETS, f"a set among {', '.join(SETS)}", v.get("set"))
+    need(isinstance(v.get("method"), str) and v["method"], "method as text", v.get("method")); need(isinstance(v.get("set"), str) and v["set"] in SETS, f"a set among {', '.join(SETS)}", v.get("set"))
     need(isinstance(v["n"], int) and v["n"] > 0, "n of at least 1", v["n"]); need(isinstance(v["size"], int) and 16 <= v["size"] <= 1024, "a size of 16 to 1024 pixels", v["size"])
     need(isinstance(v.get("images"), list), "a list of images", v.get("images"))
     seeds, seen = set(set_seeds(v["set"], v["n"])), set()

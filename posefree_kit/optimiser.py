@@ -26,8 +26,9 @@ class Schedule:
     points:tuple # ((progress, value), ...), progress rising
 
     def __post_init__(self):
-        p = [x for x, _ in self.points]
-        if not p or p != sorted(p): raise InputError(f"Schedule: expected points with rising progress, got {self.points}")
+        number = lambda x: isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) < math.inf
+        whole = all(isinstance(q, tuple) and len(q) == 2 and all(map(number, q)) for q in self.points)
+        if not self.points or not whole or list(self.points) != sorted(self.points, key=lambda q: q[0]): raise InputError(f"Schedule: expected points with rising progress, got {self.points}")
     def __call__(self, progress:float) -> float:
         points = self.points
         if progress <= points[0][0]: return float(points[0][1])

@@ -79,8 +79,8 @@ def json_of(value, r:random.Random):
 def in_header(path:Path, r:random.Random):
     "Change the header of a .safetensors file: shapes, types, places, or the settings in its metadata"
     head, numbers = header(path.read_bytes())
-    meta, name = head.get("__metadata__", {}), r.choice(list(head))
-    if name == "__metadata__" or meta and r.random() < .4:
+    meta, name = head.get("__metadata__", {}), r.choice([k for k in head if k != "__metadata__"])
+    if meta and r.random() < .45:
         key = r.choice(list(meta)); meta[key] = json.dumps(json_of(json.loads(meta[key]), r)) if r.random() < .9 else "{" * 2000
     else: head[name] = json_of(head[name], r)
     path.write_bytes(with_header(head, numbers))
