@@ -276,7 +276,8 @@ def load_encoder(
 def encoder_card(path) -> dict: # path: as in `load_encoder`
     "The model card beside an encoder"
     path = Path(path) if str(path).endswith(".safetensors") else assets()/f"{path}.safetensors"
-    card = read_json(path.with_suffix(".json"))
+    try: card = read_json(path.with_suffix(".json"))
+    except InputError as e: raise InputError(f"expected a model card beside {path.name}: {e}") from e
     if not {"config", "sha256"} <= card.keys(): raise InputError(f"{path.with_suffix('.json').name}: expected a model card with config and sha256")
     return card
 
