@@ -6,17 +6,22 @@
 __all__ = ['ASSETS', 'FORMAT', 'DIRECT', 'DERIVED', 'FIXED', 'NO_EFFECT', 'REQUIRED', 'MODULES', 'save_checkpoint', 'shipped',
            'find_checkpoint', 'read_card', 'load_generator', 'SnapshotReader', 'read_snapshot', 'module_state',
            'flat_options', 'fov_focal', 'official_config', 'official_name', 'fill_official', 'import_official',
-           'plane_axes_name']
+           'plane_axes_name', 'ReaderConfig', 'OfficialReader', 'halved', 'reader_name', 'official_reader']
 
 # %% ../nbs/09_checkpoints.ipynb #d6326ec7
 import collections, copy, io, json, math, pickle, re, warnings
+from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 import torch
-from .core import InputError, config_from_dict, config_to_dict, resolve_device, save_json, sha256, whole_file
+import torch.nn.functional as F
+from torch import nn, Tensor
+from .camera import Pose
+from .core import InputError, check_shape, config_from_dict, config_to_dict, resolve_device, save_json, sha256, whole_file
 from .discriminator import Discriminator, DiscriminatorConfig
 from .generator import AXES, GeneratorConfig
-from .pose import PoseFreeGenerator
+from .pose import PoseFreeGenerator, look_at_pose
+from .stylegan import Conv, Linear, four_taps, group_std, lrelu
 
 # %% ../nbs/09_checkpoints.ipynb #e8518c43
 ASSETS = Path(__file__).parent/"assets" if "__file__" in globals() else Path("../posefree_kit/assets").resolve() # shipped with the package
@@ -25,7 +30,7 @@ FORMAT = "posefree_kit generator 1"
 def save_checkpoint(
     path, # where; the card goes beside it with the suffix .json
     generator:PoseFreeGenerator,
-    discriminator:Discriminator|None=None, # its pose head guesses the pose of an image before inversion
+    discriminator:Discriminator|None=None, # or an `OfficialReader`: its pose head guesses the pose of an image before inversion
     card:dict|None=None, # what to tell of its making and quality: plain JSON values
     half:bool|None=None, # half precision; default: yes, but an imported generator is kept exactly
 ) -> Path:
@@ -34,7 +39,8 @@ def save_checkpoint(
     path = Path(path).with_suffix(".safetensors")
     state = {f"G.{k}": v for k, v in generator.state_dict().items()}
     if discriminator is not None: state |= {f"D.{k}": v for k, v in discriminator.state_dict().items() if not k.startswith("old_rgb")}
-    info = dict(format=FORMAT, generator=config_to_dict(generator.config), discriminator=config_to_dict(discriminator.config) if discriminator is not None else None)
+    info = dict(format=FORMAT, generator=config_to_dict(generator.config), discriminator=config_to_dict(discriminator.config) if discriminator is not None else None,
+                reader=type(discriminator).__name__ if discriminator is not None else None)
     half = generator.source is None if half is None else half
     with whole_file(path) as tmp: save_file({k: v.detach().to(torch.half if half else torch.float).cpu().contiguous() for k, v in state.items()}, tmp, metadata={k: json.dumps(v) for k, v in info.items()})
     save_json(dict(name=path.stem, sha256=sha256(path), bytes=path.stat().st_size) | info | ({} if generator.source is None else dict(source=generator.source)) | (card or {}), path.with_suffix(".json"))
@@ -71,7 +77,8 @@ def load_generator(
     G = PoseFreeGenerator(config_from_dict(GeneratorConfig, info["generator"]))
     _fill(G, {k[2:]: v for k, v in state.items() if k.startswith("G.")}, path)
     if info["discriminator"]:
-        D = Discriminator(config_from_dict(DiscriminatorConfig, info["discriminator"]))
+        kind, settings = (OfficialReader, ReaderConfig) if info.get("reader") == "OfficialReader" else (Discriminator, DiscriminatorConfig)
+        D = kind(config_from_dict(settings, info["discriminator"]))
         _fill(D, {k[2:]: v for k, v in state.items() if k.startswith("D.")}, path)
         G.set_reader(D.to(device).requires_grad_(False).eval())
     G.name, G.sha256, G.source = card.get("name", path.stem), got, card.get("source")
@@ -293,11 +300,12 @@ def import_official(
     path, # a snapshot (.pkl), a bare state dict (.safetensors, weights-only .pt), or a dict of tensors by their official names
     config=None, # for a bare state dict: the official configuration (JSON file or dict), or a GeneratorConfig (or its values)
     device="cpu",
+    reader:bool=True, # bring the pose branch of a snapshot's discriminator along
 ) -> PoseFreeGenerator: # frozen, in evaluation mode
     "Read a public PoF3D generator without running any of its code; it renders by the published rules"
     device = resolve_device(device)
     where = "state dict" if isinstance(path, dict) else Path(path).name
-    state, options, axes, notes = (path, None, None, {}) if isinstance(path, dict) else _official_file(Path(path))
+    state, options, axes, notes, judge = (path, None, None, {}, None) if isinstance(path, dict) else _official_file(Path(path))
     options = options if config is None else _official_options(config)
     if options is None: raise InputError(f"{where}: expected a configuration beside bare tensors (the official config.json), got none")
     with warnings.catch_warnings(record=True) as heard:
@@ -310,7 +318,20 @@ def import_official(
             if k.endswith("noise_strength"): p.data.zero_()
     G.name, G.sha256 = Path(where).stem, "" if isinstance(path, dict) else sha256(path)
     G.source = dict(format="PoF3D, official", file=where, sha256=G.sha256, notes=[str(h.message) for h in heard]) | notes
+    if reader and judge is not None: G.source["reader"] = _take_reader(G.to(device), judge)
     return G.to(device).requires_grad_(False).eval()
+
+def _take_reader(G, judge) -> str: # what became of it, for the card
+    "Give the generator the pose branch of its discriminator, if that is of a kind we know"
+    state = judge["state"]
+    kwargs = state.get("_init_kwargs") if isinstance(state.get("_init_kwargs"), dict) else {}
+    try:
+        if kwargs.get("architecture", "resnet") != "resnet": raise InputError(f"discriminator: expected residual blocks, got the architecture {kwargs['architecture']!r}")
+        D = official_reader(module_state(judge), G.render_resolution, kwargs.get("conv_clamp", 256.))
+        if D.config.resolution != G.resolution: raise InputError(f"discriminator: expected one for {G.resolution} pixels, got one for {D.config.resolution}")
+    except InputError as e: return f"left behind: {e}"
+    G.set_reader(D.to(G.w_avg.device))
+    return "the discriminator's pose branch"
 
 def _official_options(config):
     "An official configuration, or one of ours"
@@ -321,7 +342,7 @@ def _official_options(config):
     if not isinstance(config, dict): raise InputError(f"expected a configuration with named options, got {type(config).__name__}")
     return config if "constructor" in config or "rendering_kwargs" in config else config_from_dict(GeneratorConfig, config)
 
-def _official_file(path) -> tuple: # tensors, official options or None, plane axes or None, notes for the card
+def _official_file(path) -> tuple: # tensors, official options or None, plane axes or None, notes for the card, an inert discriminator or None
     if not path.is_file(): raise InputError(f"expected a file of official weights, got {str(path)!r}: no such file")
     if path.suffix == ".pkl": return _official_snapshot(path)
     try:
@@ -331,7 +352,7 @@ def _official_file(path) -> tuple: # tensors, official options or None, plane ax
     except InputError: raise
     except Exception as e: raise InputError(f"expected a whole file of tensors, got {path.name!r}: {' '.join(str(e).split())[:200]}") from e
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()): raise InputError(f"{path.name}: expected tensors by name and nothing else")
-    return state, None, None, {}
+    return state, None, None, {}, None
 
 def _official_snapshot(path) -> tuple:
     data = read_snapshot(path)
@@ -343,7 +364,8 @@ def _official_snapshot(path) -> tuple:
     options |= {k: state[k] for k in ("rendering_kwargs", "neural_rendering_resolution", "z_dim", "w_dim", "img_resolution") if state.get(k) is not None}
     renderer = (state.get("_modules") or {}).get("renderer")
     axes = renderer["state"].get("plane_axes") if isinstance(renderer, dict) and isinstance(renderer.get("state"), dict) else None
-    return module_state(G), options, None if axes is None else plane_axes_name(axes), dict(network="G_ema", left_in_the_snapshot=left)
+    judge = data.get("D") if isinstance(data.get("D"), dict) and isinstance(data["D"].get("state"), dict) else None
+    return module_state(G), options, None if axes is None else plane_axes_name(axes), dict(network="G_ema", left_in_the_snapshot=left), judge
 
 def plane_axes_name(axes) -> str: # axes: (3, 3, 3), three frames; a plane sees the first two coordinates of xyz @ inverse(frame)
     "Which of our plane layouts a published `plane_axes` is"
@@ -353,3 +375,80 @@ def plane_axes_name(axes) -> str: # axes: (3, 3, 3), three frames; a plane sees 
     for name, pairs in AXES.items():
         if torch.allclose(seen, torch.eye(3)[torch.tensor(pairs)].mT, atol=1e-5): return name
     raise InputError(f"plane_axes: expected one of the layouts {AXES}, got {axes.tolist()}")
+
+# %% ../nbs/09_checkpoints.ipynb #d5bc52f7
+@dataclass(frozen=True)
+class ReaderConfig:
+    "A published discriminator, as far as its pose branch goes"
+    channels:tuple # of each layer from the picture on: at full resolution first, then half, ... 4 x 4 last
+    hidden:int # width of the pose branch's hidden layer; 0: a single linear layer
+    dual:bool # sees the picture twice: as it is, and made as small as the volume rendering
+    render_resolution:int = 64 # pixels on a side of the volume rendering
+    clamp:float|None = 256. # limit of every convolution's output
+    @property
+    def resolution(self) -> int: return 2 * 2 ** len(self.channels)
+
+class OfficialReader(nn.Module):
+    "The pose branch of a PoF3D discriminator: image -> pose (Shi et al. 2023, Section 3.3)"
+    def __init__(self, config:ReaderConfig):
+        super().__init__()
+        c, ch = config, config.channels
+        self.config, flat = c, ch[-1] * 16
+        self.from_rgb = Conv(6 if c.dual else 3, ch[0], 1)
+        self.blocks = nn.ModuleList(nn.ModuleDict(dict(conv0=Conv(a, a), conv1=Conv(a, b), skip=Conv(a, b, 1, act=None, bias=False))) for a, b in zip(ch, ch[1:]))
+        self.last = Conv(ch[-1] + 1, ch[-1])
+        self.pose_head = nn.Sequential(Linear(flat, c.hidden, lrelu), Linear(c.hidden, 2)) if c.hidden else nn.Sequential(Linear(flat, 2))
+
+    def limit(self, x:Tensor, gain:float=1.) -> Tensor:
+        x = x * gain
+        return x if self.config.clamp is None else x.clamp(-self.config.clamp * gain, self.config.clamp * gain)
+
+    def angles(self, image:Tensor) -> Tensor: # (B, 3, R, R) in [-1, 1] -> (B, 2), h and v in radians
+        "What the published branch says, each picture read alone"
+        check_shape(image, "B 3 R R", "image", R=self.config.resolution)
+        size = lambda x, n: F.interpolate(x, size=(n, n), mode="bilinear", align_corners=False)
+        if self.config.dual: image = torch.cat([image, size(size(image, self.config.render_resolution), self.config.resolution)], 1)
+        x = self.limit(self.from_rgb(image))
+        for b in self.blocks:
+            y = halved(b["skip"], x) * .5 ** .5
+            x = y + self.limit(halved(b["conv1"], self.limit(b["conv0"](x))), .5 ** .5)
+        return self.pose_head(self.limit(self.last(group_std(x, 1))).flatten(1))
+
+    def read_pose(self, image:Tensor) -> Pose: # (B, 3, R, R) in [-1, 1]
+        "A first guess of the viewpoint"
+        return look_at_pose(*self.angles(image).unbind(-1))
+
+def halved(conv:Conv, x:Tensor) -> Tensor: # (B, I, H, W) -> (B, O, H/2, W/2)
+    "A convolution of every other pixel, the four-tap filter first (StyleGAN2)"
+    x = F.conv2d(x, four_taps(x) / 4, padding=conv.weight.shape[-1] // 2 + 1, groups=x.shape[1])
+    y = F.conv2d(x, conv.weight * conv.gain, conv.bias, stride=2)
+    return conv.act(y) if conv.act else y
+
+
+# %% ../nbs/09_checkpoints.ipynb #9d2fb193
+def reader_name(name:str, resolution:int) -> str:
+    "What an official discriminator calls one of our reader's tensors"
+    name = re.sub(r"^blocks\.(\d+)\.", lambda m: f"b{resolution >> int(m[1])}.", name).replace("from_rgb.", f"b{resolution}.fromrgb.").replace("last.", "b4.conv.")
+    return name.replace("pose_head.0.", "b4.cam_out1.").replace("pose_head.1.", "b4.cam_out2.")
+
+def official_reader(
+    state:dict, # official name -> tensor of a discriminator
+    render_resolution:int=64, clamp:float|None=256., # as trained
+) -> OfficialReader:
+    "The pose branch out of a published discriminator's tensors; all shapes are checked, what only the score needs is left"
+    sizes = sorted((int(m[1]) for k in state if (m := re.fullmatch(r"b(\d+)\.conv1\.weight", k))), reverse=True)
+    if not sizes or "b4.conv.weight" not in state: raise InputError(f"discriminator: expected blocks b8 and up and b4.conv, got {', '.join(sorted(state)[:6])} ...")
+    linear = "b4.cam_out.weight" in state
+    if not linear and "b4.cam_out1.weight" not in state: raise InputError("discriminator: expected a pose branch (b4.cam_out1 and b4.cam_out2, or b4.cam_out), got none")
+    if linear: state = {k.replace("b4.cam_out.", "b4.cam_out1."): v for k, v in state.items()}
+    width = [state[f"b{r}.conv1.weight"].shape[1] for r in sizes] + [len(state["b4.conv.weight"])]
+    first = state.get(f"b{sizes[0]}.fromrgb.weight")
+    if first is None or first.ndim != 4 or first.shape[1] not in (3, 6): raise InputError(f"discriminator: expected b{sizes[0]}.fromrgb.weight of 3 or 6 inputs, got {None if first is None else tuple(first.shape)}")
+    D = OfficialReader(ReaderConfig(tuple(width), 0 if linear else len(state["b4.cam_out1.weight"]), first.shape[1] == 6, render_resolution, clamp))
+    own = {reader_name(k, D.config.resolution): v for k, v in D.state_dict().items()}
+    if wrong := [f"{k} {tuple(state[k].shape) if k in state else 'missing'} instead of {tuple(v.shape)}" for k, v in own.items() if k not in state or state[k].shape != v.shape]:
+        raise InputError(f"discriminator: expected the tensors of a pose branch at {D.config.resolution} pixels, got {len(wrong)} others: {', '.join(wrong[:12])}")
+    with torch.no_grad():
+        for k, v in own.items(): v.copy_(state[k])
+    return D.requires_grad_(False).eval()
+

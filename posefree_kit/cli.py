@@ -451,6 +451,7 @@ def import_official(
     out:Annotated[Path, typer.Argument(help="The generator to write (.safetensors); its card goes beside it.", show_default=False)],
     config:Annotated[Optional[Path], typer.Option(help="The official configuration (JSON); a snapshot brings its own.", show_default=False)]=None,
     overwrite:Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]=False,
+    reader:Annotated[bool, typer.Option("--reader/--no-reader", help="Bring the pose branch of the discriminator along, as the first guess of start searches.")]=True,
 ): # the generator
     "Read official PoF3D weights without running their code."
     import warnings
@@ -460,10 +461,10 @@ def import_official(
     if out.exists() and not overwrite: raise InputError(f"expected a new file, got {str(out)!r}, which is there: --overwrite replaces it")
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
-        G = checkpoints.import_official(file, config)
+        G = checkpoints.import_official(file, config, reader=reader)
     for text in G.source["notes"]: say(f"note: {text}", err=True)
-    for key, kind in G.source.get("left_in_the_snapshot", {}).items(): say(f"note: {key} ({kind}) stays in the snapshot: start searches do without its pose guess (chapter 09)", err=True)
-    path = checkpoints.save_checkpoint(out, G)
+    if "reader" in G.source: say(f"pose reader: {G.source['reader']}")
+    path = checkpoints.save_checkpoint(out, G, G.reader)
     say(f"{path}: {G.resolution} pixels, rays at {G.render_resolution}; source SHA-256 {G.sha256[:12] or 'unknown'}")
     return G
 
