@@ -351,7 +351,7 @@ def loss_curves(trace:list, skip:tuple=NO_LOSS) -> dict: # name -> ([entry], [we
     return curves
 
 def _loss_axes(ax, trace, skip=NO_LOSS):
-    for k, (x, y) in loss_curves(trace, skip).items(): ax.plot(x, y, lw=1.8 if k == "total" else 1, label=k, color=HUES.get(k))
+    for k, (x, y) in loss_curves(trace, skip).items(): ax.plot(x, y, "-" if k in HUES else "--", lw=1.8 if k == "total" else 1, label=k, color=HUES.get(k)) # a loss of your own is dashed
     for i in range(1, len(trace)):
         if trace[i].get("stage") != trace[i - 1].get("stage"): ax.axvline(i, color="grey", lw=.8, ls=":")
     ax.set(xlabel="step", yscale="log", title="weight × loss" if any("weights" in t for t in trace) else "losses, before weighting")
