@@ -34,6 +34,20 @@ def official_state(o, seed=0) -> dict: # official name -> tensor
     blocks = {k.rsplit(".", 2)[0] for k in s if k.endswith("torgb.weight")}
     return s | {f"{b}{m}.resample_filter": torch.outer(tap, tap) for b in blocks for m in ("", ".conv0", ".conv1") if not m or f"{b}{m}.weight" in s}
 
+def judge_state(resolution=128, channels=4, images=2, seed=0) -> dict: # official name -> tensor
+    "A discriminator of official names with random values: blocks, epilogue, pose branch, and the mapping of its label"
+    g, n, s = torch.Generator().manual_seed(seed), channels, {}
+    put = lambda name, *shape: s.__setitem__(name, torch.randn(shape, generator=g))
+    r = resolution
+    put(f"b{r}.fromrgb.weight", n, 3 * images, 1, 1); put(f"b{r}.fromrgb.bias", n)
+    while r > 4:
+        for conv in ("conv0", "conv1"): put(f"b{r}.{conv}.weight", n, n, 3, 3); put(f"b{r}.{conv}.bias", n)
+        put(f"b{r}.skip.weight", n, n, 1, 1); s[f"b{r}.conv1.resample_filter"] = torch.outer(*[torch.tensor([1., 3, 3, 1]) / 8] * 2)
+        r //= 2
+    put("b4.conv.weight", n, n + 1, 3, 3); put("b4.conv.bias", n); put("b4.fc.weight", n, 16 * n); put("b4.fc.bias", n); put("b4.out.weight", n, n); put("b4.out.bias", n)
+    put("b4.cam_out1.weight", 8 * n, 16 * n); put("b4.cam_out1.bias", 8 * n); put("b4.cam_out2.weight", 2, 8 * n); put("b4.cam_out2.bias", 2); put("mapping.fc0.weight", n, 2); put("mapping.fc0.bias", n)
+    return s
+
 @contextlib.contextmanager
 def stand_ins(): # -> the classes
     "Modules and classes with the official names, that do nothing, while a snapshot is written; gone when it is read"
@@ -67,7 +81,7 @@ def snapshot(
     o:dict, # official options
     axes=WRONG, # the renderer's plane_axes
     protocol:int=4, # of the pickle
-    judge:bool=False, # with a discriminator (of made-up tensors: nothing is published about its layout)
+    judge:dict|None=None, # official name -> tensor of the discriminator that is in it too
 ) -> bytes:
     "The bytes of a snapshot in the official layout"
     with stand_ins() as cls:
@@ -85,5 +99,5 @@ def snapshot(
         G._modules["renderer"] = fill(cls.Renderer(), plane_axes=axes)
         G._modules["renderer"]._buffers["passing"] = torch.zeros(3); G._modules["renderer"]._non_persistent_buffers_set.add("passing")
         G._modules["superresolution"] = G._modules.get("superresolution") # None where there is none
-        D = net(fill(cls.Dis()), {"b4.fc.weight": torch.zeros(3, 2), "b4.fc.bias": torch.zeros(3)}) if judge else None
+        D = net(fill(cls.Dis(), _init_kwargs=cls.EasyDict(c_dim=2, img_resolution=o["img_resolution"], conv_clamp=256)), judge) if judge else None
         return pickle.dumps(dict(G=None, D=D, G_ema=G, training_set_kwargs=cls.EasyDict(resolution=o["img_resolution"], note="é".encode("latin1"), p=np.float64(.25)), augment_pipe=None), protocol)

@@ -47,6 +47,16 @@ def test_pose_is_always_f_of_w(G):
     assert strict.deltas.abs().max() == 0
 
 
+def test_a_further_loss_is_weighed_by_its_schedule_and_checked(G):
+    x = G.sample(2, seed=5)[1].rgb
+    front = lambda planes, pose, view, target: pose.yaw.square()
+    free, held = run(G, x), run(G, x, terms=dict(front=(ramp((0, 0.), (1, 50.)), front)))
+    assert [round(t["weights"]["front"], 3) for t in held.trace[:3]] == [0., 5., 10.] and held.trace[0]["front"].shape == (2,)
+    assert (held.pose.yaw.abs() < free.pose.yaw.abs()).all()
+    with pytest.raises(InputError, match="expected new names, got geo"): run(G, x, terms=dict(geo=(1., front)))
+    with pytest.raises(InputError, match=r"terms\['front'\]: expected shape \(B\)"): run(G, x, terms=dict(front=(1., lambda *args: front(*args).mean())))
+
+
 def test_same_seed_same_result_other_seed_other_start(G):
     x = G.sample(1, seed=3)[1].rgb
     a, b, c = run(G, x), run(G, x), run(G, x, dataclasses.replace(TINY, seed=1))

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from posefree_kit import cli, optimiser, rendering
 from posefree_kit.camera import Pose, rays
-from posefree_kit.checkpoints import import_official, load_generator, module_state, official_config, plane_axes_name, read_card, read_snapshot, save_checkpoint
+from posefree_kit.checkpoints import import_official, load_generator, module_state, official_config, official_reader, plane_axes_name, read_card, read_snapshot, save_checkpoint
 from posefree_kit.core import InputError, config_from_dict, config_to_dict, sha256
 from posefree_kit.generator import GeneratorConfig, SuperResolution, render_eg3d, sample_planes_plain
 from posefree_kit.optimiser import candidates, paper
@@ -30,7 +30,7 @@ from posefree_kit.rendering import fine_depths_eg3d, march, march_eg3d, pooled_w
 from posefree_kit.stylegan import ModConv
 
 from conftest import reference
-from snapshots import RIGHT, SHAPENET, SMALL, WRONG, official_state, options, snapshot
+from snapshots import RIGHT, SHAPENET, SMALL, WRONG, judge_state, official_state, options, snapshot
 
 IMAGE, PLANES, EXACT = 5e-4, 1e-4, 2e-6 # largest difference allowed
 
@@ -300,12 +300,67 @@ def test_a_snapshot_is_read_to_an_identical_state_dict(tmp_path, protocol):
     assert G.config == want.config and G.config.plane_axes == "xyz" and all(torch.equal(a, b) for a, b in zip(G.state_dict().values(), want.state_dict().values()))
     assert G.source["sha256"] == sha256(path) and G.source["network"] == "G_ema" and not any(p.requires_grad for p in G.parameters())
 
-def test_the_discriminator_stays_in_the_snapshot_and_inversion_does_without(tmp_path):
+def published_angles(s, image, render, clamp=256.): # what the public description says, written a second time: one picture after the other, filters as they stand
+    "h and v of the pose branch of a discriminator of official names"
+    r = image.shape[-1]
+    f = torch.outer(*[torch.tensor([1., 3, 3, 1]) / 8] * 2)
+    filtered = lambda x, pad: F.conv2d(F.pad(x.transpose(0, 1), (pad,) * 4), f[None, None]).transpose(0, 1)
+    lrelu = lambda x, gain=1.: (torch.where(x > 0, x, .2 * x) * 2 ** .5 * gain).clamp(-clamp * gain, clamp * gain)
+    w = lambda name: s[name + ".weight"] / s[name + ".weight"][0].numel() ** .5
+    out = []
+    for im in image.split(1):
+        small = F.interpolate(im, (render, render), mode="bilinear")
+        x, n = torch.cat([im, F.interpolate(small, (r, r), mode="bilinear")], 1), r
+        x = lrelu(torch.einsum("oi,bihw->bohw", w(f"b{n}.fromrgb")[..., 0, 0], x) + s[f"b{n}.fromrgb.bias"][:, None, None])
+        while n > 4:
+            skip = torch.einsum("oi,bihw->bohw", w(f"b{n}.skip")[..., 0, 0], filtered(x, 1)[..., ::2, ::2]) * .5 ** .5
+            y = lrelu(F.conv2d(x, w(f"b{n}.conv0"), padding=1) + s[f"b{n}.conv0.bias"][:, None, None])
+            x = skip + lrelu(F.conv2d(filtered(y, 2), w(f"b{n}.conv1"))[..., ::2, ::2] + s[f"b{n}.conv1.bias"][:, None, None], .5 ** .5)
+            n //= 2
+        x = torch.cat([x, torch.full((1, 1, 4, 4), 1e-4)], 1)                                              # one picture: no deviation but the 1e-8 under the root
+        x = lrelu(F.conv2d(x, w("b4.conv"), padding=1) + s["b4.conv.bias"][:, None, None]).flatten(1)
+        h = x @ w("b4.cam_out1").T + s["b4.cam_out1.bias"]
+        out.append((torch.where(h > 0, h, .2 * h) * 2 ** .5) @ w("b4.cam_out2").T + s["b4.cam_out2.bias"])
+    return torch.cat(out)
+
+@pytest.mark.parametrize("clamp", [256., .5])
+def test_the_pose_branch_is_the_public_description(clamp):
+    s, x = judge_state(32), torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    D = official_reader(s, 8, clamp)
+    want = published_angles(s, x, 8, clamp)
+    assert D.config.dual and D.config.channels == (4, 4, 4, 4) and want.std(0).min() > 1e-5
+    assert torch.allclose(D.angles(x), want, atol=1e-4 * float(want.abs().max()))
+    pose = D.read_pose(x)
+    assert torch.allclose(pose.yaw, math.pi / 2 - D.angles(x)[:, 0]) and pose.pitch.abs().max() <= math.pi / 2
+    single = official_reader(judge_state(32, images=1), 8)
+    assert not single.config.dual and single.angles(x).shape == (3, 2)
+
+@pytest.mark.parametrize("spoil, match", [(lambda s: s.pop("b4.cam_out2.weight"), "missing"), (lambda s: [s.pop(k) for k in list(s) if "cam_out" in k], "expected a pose branch"), (lambda s: s.pop("b32.fromrgb.weight"), "3 or 6 inputs"),
+                                          (lambda s: s.update({"b16.conv0.weight": torch.zeros(4, 5, 3, 3)}), r"b16.conv0.weight \(4, 5, 3, 3\) instead of \(4, 4, 3, 3\)"), (lambda s: [s.pop(k) for k in list(s) if k.startswith("b")], "expected blocks")])
+def test_a_discriminator_that_does_not_fit_is_named(spoil, match):
+    s = judge_state(32)
+    spoil(s)
+    with pytest.raises(InputError, match=match): official_reader(s)
+
+def test_the_pose_branch_comes_along(tmp_path):
+    path, o = tmp_path/"with-judge.pkl", options("2X", 128, 8)
+    path.write_bytes(snapshot(official_state(o), o, judge=judge_state(128)))
+    G = import_official(path)
+    assert G.source["left_in_the_snapshot"] == {"D": "DualDiscriminator"} and G.source["reader"] == "the discriminator's pose branch"
+    x = torch.rand(2, 3, 128, 128) * 2 - 1
+    assert torch.allclose(G.reader.angles(x), published_angles(judge_state(128), x, 8), atol=1e-3)
+    H = load_generator(save_checkpoint(tmp_path/"kept.safetensors", G, G.reader), "cpu")
+    assert H.reader.config == G.reader.config and torch.equal(H.read_pose(x).yaw, G.read_pose(x).yaw)
+    w = candidates(H, x[:1], paper(candidates=6, starts=3))
+    assert w.shape == (1, 3, 12) and w.isfinite().all()
+    assert import_official(path, reader=False).reader is None
+
+def test_a_discriminator_of_another_kind_stays_in_the_snapshot_and_inversion_does_without(tmp_path):
     path = tmp_path/"with-judge.pkl"
     o = options("2X", 128, 8)
-    path.write_bytes(snapshot(official_state(o), o, judge=True))
+    path.write_bytes(snapshot(official_state(o), o, judge={"b4.fc.weight": torch.zeros(3, 2), "b4.fc.bias": torch.zeros(3)}))
     G = import_official(path)
-    assert G.source["left_in_the_snapshot"] == {"D": "DualDiscriminator"} and G.reader is None
+    assert G.source["left_in_the_snapshot"] == {"D": "DualDiscriminator"} and G.reader is None and "left behind: discriminator: expected blocks" in G.source["reader"]
     assert set(module_state(read_snapshot(path)["D"])) == {"b4.fc.weight", "b4.fc.bias"}                 # there for whoever knows what it means
     with pytest.raises(InputError, match="expected a discriminator"): G.read_pose(torch.zeros(1, 3, 128, 128))
     target = G.sample(1, 3)[1].rgb.clamp(-1, 1)
@@ -316,11 +371,11 @@ def test_from_a_snapshot_and_a_photograph_to_a_reconstruction(monkeypatch, tmp_p
     "The steps of the tutorial, in a shell"
     monkeypatch.setitem(optimiser.PRESETS, "paper", lambda **changes: paper(**{**dict(candidates=4, starts=1, start_steps=0), **changes}))
     o = options("2X", 128, 8)
-    (tmp_path/"network.pkl").write_bytes(snapshot(official_state(o), o, judge=True))
+    (tmp_path/"network.pkl").write_bytes(snapshot(official_state(o), o, judge=judge_state(128)))
     Image.fromarray(skimage.data.astronaut()).save(tmp_path/"astronaut.png")
     run = lambda *a: CliRunner().invoke(cli.app, [str(x) for x in a])
     r = run("import-official", tmp_path/"network.pkl", tmp_path/"faces.safetensors")
-    assert r.exit_code == 0 and "DualDiscriminator" in r.stderr, r.stderr
+    assert r.exit_code == 0 and "pose reader: the discriminator's pose branch" in r.stdout, r.stderr
     call = ["invert", tmp_path/"astronaut.png", "--out", tmp_path/"out", "--generator", tmp_path/"faces.safetensors", "--preset", "paper", "--align", "--steps", 2, "--device", "cpu", "--no-progress", "--no-mesh", "--no-video"]
     r = run(*call)
     assert r.exit_code == 0 and "FFHQ's is used" in r.stderr, r.stderr                                   # random weights draw no faces to measure
