@@ -111,7 +111,7 @@ def test_every_page_opens_offline_at_two_widths(built, chromium):
     site, bad = built/"_docs", []
     context = chromium.new_context(viewport=dict(width=1280, height=900), offline=True)
     page = context.new_page()
-    page.on("console", lambda m: bad.append(f"{page.url}: {m.text}") if m.type in ("error", "warning") and "WebGL" not in m.text and "GPU stall" not in m.text else None)
+    page.on("console", lambda m: bad.append(f"{page.url}: {m.text}") if m.type == "error" else None)
     page.on("pageerror", lambda e: bad.append(f"{page.url}: {e}"))
     page.on("requestfailed", lambda r: bad.append(f"{page.url}: {r.url[:120]} failed"))
     page.on("request", lambda r: bad.append(f"{page.url}: asks for {r.url[:120]}") if not r.url.startswith(("file:", "data:", "blob:")) else None)

@@ -92,7 +92,7 @@ def entry(
     rows, result = parameters(node), ast.unparse(node.returns) if getattr(node, "returns", None) else ""
     said = docmented(where, name, {n for n, _, _ in rows})
     args = ", ".join(n + (f"={d}" if d else "") for n, _, d in rows)
-    call = f"{name}({args})" if len(name + args) < 84 else f"{name}(\n{textwrap.indent(textwrap.fill(args, 80, break_long_words=False), '    ')})"
+    call = f"{name}({args})" if len(name + args + result) < 68 else f"{name}(\n{textwrap.indent(textwrap.fill(args, 68, break_long_words=False), '    ')})"
     if isinstance(node, ast.ClassDef) and not rows: call = f"class {name}({', '.join(map(ast.unparse, node.bases))})"
     code = lambda s: f"<code>{html.escape(s)}</code>" if s else ""
     table = [(code(n), code(t), code(d), ticked(said.get(n.strip("*"), ""))) for n, t, d in rows if t or d or n.strip("*") in said]
