@@ -290,7 +290,7 @@ def read_json(path, most:int=64_000_000) -> dict: # most: bytes
     "The object in a JSON file; anything else is an `InputError`"
     path = Path(path)
     try: size, value = path.stat().st_size, None if path.stat().st_size > most else parse_json(path.read_bytes(), repr(str(path)))
-    except OSError as e: raise InputError(f"expected a JSON file, got {str(path)!r}: {e.strerror or e}") from e
+    except OSError as e: raise InputError(f"expected JSON in {str(path)!r}, got: {e.strerror or e}") from e
     if size > most: raise InputError(f"{str(path)!r}: expected at most {most:,} bytes of JSON, got {size:,}")
     if not isinstance(value, dict): raise InputError(f"{str(path)!r}: expected a JSON object, got {type(value).__name__}")
     return value

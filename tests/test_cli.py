@@ -213,8 +213,8 @@ def test_render(home, tmp_path):
     error(render(latent, "--out", tmp_path/"v.png", "--size", 4), "expected a size")
     error(render(latent, "--out", tmp_path/"v.png", "--yaw-deg", 400), "within 89 degrees")
     error(render(tmp_path/"none.safetensors", "--out", tmp_path/"v.png"), "no such file")
-    error(render(home/"small.safetensors", "--out", tmp_path/"v.png"), "expected a file of format")
-    (tmp_path/"cut.safetensors").write_bytes(latent.read_bytes()[:300]); error(render(tmp_path/"cut.safetensors", "--out", tmp_path/"v.png"), "expected a whole latent")
+    error(render(home/"small.safetensors", "--out", tmp_path/"v.png"), "expected format")
+    (tmp_path/"cut.safetensors").write_bytes(latent.read_bytes()[:300]); error(render(tmp_path/"cut.safetensors", "--out", tmp_path/"v.png"), "expected a whole .safetensors")
 
 def test_another_method_leaves_the_same_files_and_the_generator_that_it_tuned(home, tmp_path, monkeypatch):
     from posefree_kit import baselines
