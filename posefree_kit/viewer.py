@@ -333,7 +333,9 @@ def plotly_offline():
     "Make plotly figures show in JupyterLab and in static pages without a network (pages need plotly.min.js beside them)"
     import plotly.io as pio
     from plotly.io import base_renderers
-    pio.renderers["docs"] = base_renderers.HtmlRenderer(full_html=False, include_plotlyjs="plotly.min.js")
+    class Offline(base_renderers.MimetypeRenderer): # plotly's own renderers ask the network for MathJax
+        def to_mimebundle(self, fig_dict): return {"text/html": pio.to_html(fig_dict, include_plotlyjs="plotly.min.js", full_html=False, validate=False)}
+    pio.renderers["docs"] = Offline()
     pio.renderers.default = "plotly_mimetype+docs"
 
 # %% ../nbs/16_viewer.ipynb #b6c99a19
