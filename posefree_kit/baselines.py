@@ -10,7 +10,7 @@ __all__ = ['METHODS', 'Camera', 'pose_opt', 'Tuning', 'first_stage', 'Relay', 't
            'read_latent_encoder', 'load_latent_encoder', 'encode', 'encoder', 'encoder_latent']
 
 # %% ../nbs/14_baselines.ipynb #2fcef4b9
-import copy, dataclasses, json, time
+import copy, dataclasses, time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -20,10 +20,10 @@ from torch import nn, Tensor
 from . import losses
 from .camera import Pose, mirror, turn
 from .checkpoints import ASSETS
-from .core import InputError, check_shape, config_from_dict, config_to_dict, resize, rng, save_json, sha256, whole_file
+from .core import DivergedError, InputError, check_range, check_shape, config_from_dict, config_to_dict, finish_steps, load_values, read_json, read_network, resize, rng, save_json, save_values, sha256, tensor_bytes, whole_file
 from .features import load_identity, load_perceptual
 from .generator import Planes, View
-from .optimiser import DivergedError, FreePose, Inversion, InvertConfig, InvertState, Networks, Step, constant, invert, prepare, quick, render_at, result, search_start, warm_cosine, with_steps
+from .optimiser import FreePose, Inversion, InvertConfig, InvertState, Networks, Step, constant, invert, prepare, quick, render_at, result, search_start, warm_cosine, with_steps
 from .pose import PoseFreeGenerator
 from .stylegan import Conv, Linear, ResidualBlock, lrelu
 
@@ -269,6 +269,10 @@ class LatentEncoderConfig:
     look_dim:int = 64
     num_ws:int = 10
 
+    def __post_init__(self):
+        check_range(self, 1, 4096, "widths", "hidden", "size", "w_dim", "look_dim", "num_ws")
+        if not 1 <= len(self.widths) <= 8 or self.look_dim > self.w_dim or self.size % 2 ** len(self.widths): raise InputError(f"LatentEncoderConfig: expected look_dim <= w_dim and a size that halves {len(self.widths)} times, got {self.look_dim}, {self.w_dim}, {self.size}")
+
 class LatentEncoder(nn.Module):
     "Image to w and its deltas, in one pass"
     def __init__(self, config:LatentEncoderConfig=LatentEncoderConfig()):
@@ -387,13 +391,15 @@ def train_latent_encoder(
     t = LatentTrainer(nets, images[:-training.held], training, begin)
     if resume: t.restore(_state(out.with_suffix(".state")))
     last = saved = time.time()
-    try:
-        while (p := max(t.step / steps if steps else 0, t.seconds / 60 / minutes if minutes else 0)) < 1:
-            parts = t.update(p)
-            now = time.time(); t.seconds += now - last; last = now
-            if callback: callback(t.step, parts)
-            if now - saved > 60: _keep(t, out); saved = now
-    finally: _keep(t, out) # also when interrupted
+    with finish_steps() as stop:
+        try:
+            while not stop and (p := max(t.step / steps if steps else 0, t.seconds / 60 / minutes if minutes else 0)) < 1:
+                parts = t.update(p)
+                now = time.time(); t.seconds += now - last; last = now
+                if callback: callback(t.step, parts)
+                if now - saved > 60: _keep(t, out); saved = now
+        finally: _keep(t, out) # also when something fails
+    if stop: raise KeyboardInterrupt(f"stopped at step {t.step}, saved in {out.with_suffix('.state')}: --resume goes on")
     told = dict(steps=t.step, minutes=round(t.seconds / 60, 2), seed=training.seed, training=config_to_dict(training), started_from=None if begin is None else {k: begin.card[k] for k in ("name", "sha256")},
                 data=f"{training.pool:,} people of the generator; {len(t.images):,} portraits without any label", figures=latent_figures(t.net, generator, images[-training.held:]))
     save_latent_encoder(t.net, out, generator, **told)
@@ -401,11 +407,11 @@ def train_latent_encoder(
     return read_latent_encoder(out).to(device)
 
 def _keep(t, out):
-    with whole_file(out.with_suffix(".state")) as tmp: torch.save(t.state(), tmp)
+    save_values(t.state(), out.with_suffix(".state"))
 
 def _state(path):
     if not path.is_file(): raise InputError(f"resume: expected the state of a run in {str(path)!r}, got none")
-    return torch.load(path, weights_only=True)
+    return load_values(path)
 
 # %% ../nbs/14_baselines.ipynb #157dca92
 @torch.no_grad()
@@ -422,23 +428,19 @@ def latent_figures(net:LatentEncoder, G:PoseFreeGenerator, images:Tensor, people
 
 def save_latent_encoder(net:LatentEncoder, path, generator:PoseFreeGenerator, **card):
     "Write an encoder in half precision, and its card, which names the generator that it belongs to"
-    from safetensors.torch import save
-    data = save({k: v.detach().half().cpu().contiguous() for k, v in net.state_dict().items()})
+    data = tensor_bytes({k: v.half() for k, v in net.state_dict().items()}, {})
     with whole_file(path) as tmp: tmp.write_bytes(data)
     save_json(dict(name=Path(path).stem, config=config_to_dict(net.config), sha256=sha256(data), bytes=len(data), generator=dict(name=generator.name, sha256=generator.sha256), **card), Path(path).with_suffix(".json"))
 
 def read_latent_encoder(path) -> LatentEncoder: # frozen, on the CPU; its `card` is the model card
     "Read an encoder and check it against its card, whichever generator it belongs to"
-    from safetensors import SafetensorError
-    from safetensors.torch import load
     path = Path(path)
-    try: data, card = path.read_bytes(), json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-    except OSError as e: raise InputError(f"expected a latent encoder with its card, {path.name} and {path.with_suffix('.json').name}, got: {e.strerror}") from e
-    except ValueError as e: raise InputError(f"expected a card in JSON, got {path.with_suffix('.json').name}: {e}") from e
-    if not isinstance(card, dict) or card.get("sha256") != sha256(data): raise InputError(f"{path.name}: expected the SHA-256 that its card says, got {sha256(data)[:12]}... (damaged or exchanged)")
-    net = LatentEncoder(config_from_dict(LatentEncoderConfig, card.get("config")))
-    try: net.load_state_dict({k: v.float() for k, v in load(data).items()})
-    except (SafetensorError, RuntimeError) as e: raise InputError(f"{path.name}: expected the tensors of its card's config; {str(e).splitlines()[-1].strip()}") from e
+    if not path.is_file() or not path.with_suffix(".json").is_file(): raise InputError(f"expected a latent encoder with its card, {path.name} and {path.with_suffix('.json').name}, got: no such file")
+    card, got = read_json(path.with_suffix(".json")), sha256(path)
+    if card.get("sha256") != got: raise InputError(f"{path.name}: expected the SHA-256 that its card says, got {got[:12]}... (damaged or exchanged)")
+    if not isinstance(card.get("generator", {}), dict): raise InputError(f"{path.name}: expected a card that names its generator, got {repr(card['generator'])[:80]}")
+    config = config_from_dict(LatentEncoderConfig, card.get("config"))
+    net = read_network(lambda: LatentEncoder(config), path)
     net.card = card
     return net.requires_grad_(False).eval()
 

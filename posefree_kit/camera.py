@@ -7,7 +7,6 @@ __all__ = ['RADIUS', 'FOCAL', 'Pose', 'turn', 'mirror', 'camera_position', 'pose
            'project', 'unproject', 'fit_frame', 'align_pose']
 
 # %% ../nbs/01_camera.ipynb #1aebad91
-import math
 from dataclasses import dataclass
 import torch
 from torch import Tensor

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['ASSETS', 'FORMAT', 'DIRECT', 'DERIVED', 'FIXED', 'NO_EFFECT', 'REQUIRED', 'MODULES', 'save_checkpoint', 'shipped',
            'find_checkpoint', 'read_card', 'load_generator', 'SnapshotReader', 'read_snapshot', 'module_state',
-           'flat_options', 'fov_focal', 'official_config', 'official_name', 'fill_official', 'import_official',
-           'plane_axes_name', 'ReaderConfig', 'OfficialReader', 'halved', 'reader_name', 'official_reader']
+           'flat_options', 'fov_focal', 'official_config', 'official_name', 'fill_official', 'check_official',
+           'import_official', 'plane_axes_name', 'ReaderConfig', 'OfficialReader', 'halved', 'reader_name',
+           'official_reader']
 
 # %% ../nbs/09_checkpoints.ipynb #d6326ec7
-import collections, copy, io, json, math, pickle, re, warnings
+import collections, math, pickle, re, warnings
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from .camera import Pose
-from .core import InputError, check_shape, config_from_dict, config_to_dict, resolve_device, save_json, sha256, whole_file
+from .core import InputError, check_range, check_shape, config_from_dict, config_to_dict, open_tensors, read_json, read_network, read_torch, resolve_device, save_json, sha256, tensor_bytes, whole_file
 from .discriminator import Discriminator, DiscriminatorConfig
 from .generator import AXES, GeneratorConfig
 from .pose import PoseFreeGenerator, look_at_pose
@@ -35,15 +36,15 @@ def save_checkpoint(
     half:bool|None=None, # half precision; default: yes, but an imported generator is kept exactly
 ) -> Path:
     "Write weights (half precision, unless told otherwise) and card, each whole"
-    from safetensors.torch import save_file
     path = Path(path).with_suffix(".safetensors")
     state = {f"G.{k}": v for k, v in generator.state_dict().items()}
     if discriminator is not None: state |= {f"D.{k}": v for k, v in discriminator.state_dict().items() if not k.startswith("old_rgb")}
     info = dict(format=FORMAT, generator=config_to_dict(generator.config), discriminator=config_to_dict(discriminator.config) if discriminator is not None else None,
                 reader=type(discriminator).__name__ if discriminator is not None else None)
     half = generator.source is None if half is None else half
-    with whole_file(path) as tmp: save_file({k: v.detach().to(torch.half if half else torch.float).cpu().contiguous() for k, v in state.items()}, tmp, metadata={k: json.dumps(v) for k, v in info.items()})
-    save_json(dict(name=path.stem, sha256=sha256(path), bytes=path.stat().st_size) | info | ({} if generator.source is None else dict(source=generator.source)) | (card or {}), path.with_suffix(".json"))
+    data = tensor_bytes({k: v.to(torch.half if half else torch.float) for k, v in state.items()}, info)
+    with whole_file(path) as tmp: tmp.write_bytes(data)
+    save_json(dict(name=path.stem, sha256=sha256(data), bytes=len(data)) | info | ({} if generator.source is None else dict(source=generator.source)) | (card or {}), path.with_suffix(".json"))
     return path
 
 def shipped() -> list: # names
@@ -61,8 +62,9 @@ def read_card(name_or_path="portraits") -> dict:
     "The model card of a generator"
     path = find_checkpoint(name_or_path).with_suffix(".json")
     if not path.is_file(): raise InputError(f"expected the model card {path.name!r} beside the weights, got none")
-    try: return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e: raise InputError(f"expected a model card in JSON, got {path.name!r}: {e}") from e
+    card = read_json(path)
+    if not isinstance(card.get("name", ""), str) or not isinstance(card.get("source"), dict | None): raise InputError(f"{path.name}: expected a model card with a name as text")
+    return card
 
 # %% ../nbs/09_checkpoints.ipynb #42abf603
 def load_generator(
@@ -73,35 +75,18 @@ def load_generator(
     path, device = find_checkpoint(name_or_path), resolve_device(device)
     card, got = read_card(path), sha256(path)
     if card.get("sha256") != got: raise InputError(f"{path.name}: expected SHA-256 {str(card.get('sha256'))[:12]}... as its card says, got {got[:12]}... (damaged or exchanged)")
-    state, info = _read(path)
-    G = PoseFreeGenerator(config_from_dict(GeneratorConfig, info["generator"]))
-    _fill(G, {k[2:]: v for k, v in state.items() if k.startswith("G.")}, path)
-    if info["discriminator"]:
+    with open_tensors(path) as (f, info): parts = {k.partition(".")[0] for k in f.keys()}
+    if info.get("format") != FORMAT: raise InputError(f"{path.name}: expected format {FORMAT!r}, got {repr(info.get('format'))[:80]}")
+    if parts - ({"G", "D"} if info.get("discriminator") else {"G"}): raise InputError(f"{path.name}: unknown tensors {sorted(parts)[:4]}")
+    c = config_from_dict(GeneratorConfig, info.get("generator"))
+    G = read_network(lambda: PoseFreeGenerator(c), path, "G.")
+    if info.get("discriminator"):
         kind, settings = (OfficialReader, ReaderConfig) if info.get("reader") == "OfficialReader" else (Discriminator, DiscriminatorConfig)
-        D = kind(config_from_dict(settings, info["discriminator"]))
-        _fill(D, {k[2:]: v for k, v in state.items() if k.startswith("D.")}, path)
-        G.set_reader(D.to(device).requires_grad_(False).eval())
+        d = config_from_dict(settings, info["discriminator"])
+        if d.resolution != c.resolution: raise InputError(f"{path.name}: expected a discriminator of {c.resolution} pixels, got one of {d.resolution}")
+        G.set_reader(read_network(lambda: kind(d), path, "D.").to(device).requires_grad_(False).eval())
     G.name, G.sha256, G.source = card.get("name", path.stem), got, card.get("source")
     return G.to(device).requires_grad_(False).eval()
-
-def _read(path): # tensors, decoded metadata
-    from safetensors import SafetensorError, safe_open
-    try:
-        with safe_open(path, framework="pt") as f:
-            info = {k: json.loads(v) for k, v in (f.metadata() or {}).items()}
-            if info.get("format") != FORMAT: raise InputError(f"{path.name}: expected format {FORMAT!r}, got {info.get('format')!r}")
-            return {k: f.get_tensor(k).float() for k in f.keys()}, info
-    except (SafetensorError, ValueError, OSError) as e:
-        if isinstance(e, InputError): raise
-        raise InputError(f"expected a whole .safetensors file, got {path.name!r}: {e}") from e
-
-def _fill(net, state, path):
-    own = net.state_dict()
-    if missing := sorted(set(own) - set(state)): raise InputError(f"{path.name}: missing tensors {missing[:4]} ({len(missing)} in all)")
-    if extra := sorted(set(state) - set(own)): raise InputError(f"{path.name}: unknown tensors {extra[:4]} ({len(extra)} in all)")
-    for k, v in state.items():
-        if v.shape != own[k].shape: raise InputError(f"{path.name}: {k}: expected shape {tuple(own[k].shape)}, got {tuple(v.shape)}")
-    net.load_state_dict(state)
 
 # %% ../nbs/09_checkpoints.ipynb #36af498e
 def _inert(name:str, keep=lambda args: {}) -> type: # keep: what to remember of the arguments of a call
@@ -121,15 +106,18 @@ def _persistent(meta):
     return obj
 
 def _storage(data):
-    s = torch.load(io.BytesIO(bytes(data)), map_location="cpu", weights_only=True)
+    if not isinstance(data, (bytes, str)) or data[:2] == b"PK": raise InputError(f"snapshot: expected the bytes of a storage in torch's old format, got {type(data).__name__}")
+    data = bytes(data) if isinstance(data, bytes) else data.encode("latin1")
+    s = read_torch(data, "a storage")
     if not isinstance(s, (torch.storage.TypedStorage, torch.UntypedStorage)): raise InputError(f"snapshot: expected a storage, got {type(s).__name__}")
+    if s.nbytes() > len(data): raise InputError(f"snapshot: expected a storage of at most {len(data):,} bytes, got {s.nbytes():,}")
     return s
 
 def _tensor(storage, offset, size, stride, *_):
     "A view of a storage, if it lies inside"
     if not isinstance(storage, torch.storage.TypedStorage): raise InputError(f"snapshot: expected a typed storage, got {type(storage).__name__}")
     have, numbers = storage.size(), (offset, *size, *stride)
-    fits = all(type(n) is int and n >= 0 for n in numbers) and len(size) == len(stride) and math.prod(size) <= have and \
+    fits = all(type(n) is int and n >= 0 for n in numbers) and len(size) <= 8 and len(size) == len(stride) and math.prod(size) <= have and \
            (0 in size or offset + sum((n - 1) * s for n, s in zip(size, stride)) < max(have, 1))
     if not fits: raise InputError(f"snapshot: expected a tensor inside its storage of {have} numbers, got offset {offset}, size {tuple(size)}, stride {tuple(stride)}")
     return torch.empty(0, dtype=storage.dtype).set_(storage._untyped_storage, offset, tuple(size), tuple(stride))
@@ -150,20 +138,50 @@ def _scalar(dtype, data):
     return np.frombuffer(data, order + code, count=1)[0].item()
 
 # %% ../nbs/09_checkpoints.ipynb #295b627d
-class SnapshotReader(pickle.Unpickler):
-    "Follows a pickle without importing or running anything that it names"
+class _Bytes:
+    "A file that is never asked for more than it has"
+    def __init__(self, file, size:int): self.file, self.left, self.readline = file, size, file.readline
+    def read(self, n):
+        if n > self.left: raise InputError(f"snapshot: expected at most {self.left:,} more bytes, got a claim of {n:,}")
+        return self.file.read(n)
+
+class _Counted(dict): # instruction -> what is done for it
+    left = 1_000_000
+    def __getitem__(self, code):
+        self.left -= 1
+        if self.left < 0: raise InputError(f"snapshot: expected at most {_Counted.left:,} instructions, got more")
+        return super().__getitem__(code)
+
+def _once(f, size:int): # what is unpacked lies in the file of that size, once
+    left = [size]
+    def call(data, *args):
+        left[0] -= len(data)
+        if left[0] < 0: raise InputError("snapshot: expected each storage once, got the same bytes unpacked again and again: refused")
+        return f(data, *args)
+    return call
+
+class SnapshotReader(pickle._Unpickler):
+    "Follows a pickle without importing or running anything that it names, in bounded memory: Python's plain reader, since the fast one makes room for whatever index a file names"
     KNOWN = ("torch.nn.", "training.", "torch_utils.", "dnnlib.", "neural_renderer.")
-    def __init__(self, file):
-        super().__init__(file)
+    def __init__(self, file, size:int): # size: of the file, bytes
+        super().__init__(_Bytes(file, size))
+        self.dispatch = _Counted(pickle._Unpickler.dispatch)
         easy, dtype = dict, _inert("dtype", lambda args: dict(code=args[0] if args else None))
         self.names = {"torch_utils.persistence._reconstruct_persistent_obj": _only(_persistent), "dnnlib.util.EasyDict": easy, "collections.OrderedDict": collections.OrderedDict,
                       "builtins.set": set, "__builtin__.set": set, "torch._utils._rebuild_parameter": _only(_parameter), "torch._utils._rebuild_tensor_v2": _only(_tensor),
-                      "torch.storage._load_from_bytes": _only(_storage), "numpy.dtype": dtype, "numpy.core.multiarray.scalar": _only(_scalar), "numpy._core.multiarray.scalar": _only(_scalar),
-                      "_codecs.encode": _only(_encode)}
+                      "torch.storage._load_from_bytes": _only(_once(_storage, size)), "numpy.dtype": dtype, "numpy.core.multiarray.scalar": _only(_scalar), "numpy._core.multiarray.scalar": _only(_scalar),
+                      "_codecs.encode": _only(_once(_encode, size))}
+        def build(reader): # only inert objects take a state; what a container is given beside its content is dropped
+            state, target = reader.stack.pop(), reader.stack[-1]
+            if not isinstance(target, dict): raise InputError(f"snapshot: expected a state for an object, got one for {type(target).__name__}: refused")
+            if hasattr(target, "__setstate__"): target.__setstate__(state)
+        def refuse(reader): raise InputError("snapshot: expected tensors and settings, got a byte array: refused")
+        self.dispatch |= {pickle.BUILD[0]: build, pickle.BYTEARRAY8[0]: refuse}
     def find_class(self, module, name):
         key = f"{module}.{name}"
         if key not in self.names:
             if not (module + ".").startswith(self.KNOWN): raise InputError(f"snapshot: expected tensors and settings, got an instruction to import {key[:80]!r}: refused")
+            if len(self.names) > 1000: raise InputError("snapshot: expected at most 1000 classes, got more")
             self.names[key] = _inert(name)
         return self.names[key]
     def persistent_load(self, pid): raise InputError(f"snapshot: expected a file that is whole, got a reference to something outside ({str(pid)[:60]!r}): refused")
@@ -173,21 +191,22 @@ def read_snapshot(path) -> dict: # usually with G, D and G_ema
     try:
         with open(path, "rb") as f, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            data = SnapshotReader(f).load()
+            data = SnapshotReader(f, Path(path).stat().st_size).load()
     except InputError as e: raise InputError(f"{Path(path).name}: {e}") from e
     except Exception as e: raise InputError(f"expected a whole snapshot pickle of tensors and settings, got {Path(path).name!r}: {type(e).__name__}: {' '.join(str(e).split())[:200]}") from e
     if not isinstance(data, dict): raise InputError(f"{Path(path).name}: expected a snapshot with named networks, got {type(data).__name__}")
     return data
 
-def module_state(module, depth:int=0) -> dict: # official name -> tensor
+def module_state(module, seen:list|None=None, depth:int=0) -> dict: # official name -> tensor; seen: how many modules so far
     "The tensors of an inert module by the names that its own state dict would give them"
-    state = module.get("state") if isinstance(module, dict) else None
-    if not isinstance(state, dict) or depth > 32: raise InputError(f"snapshot: expected a network, got {type(module).__name__}")
+    seen, state = [0] if seen is None else seen, module.get("state") if isinstance(module, dict) else None
+    seen[0] += 1
+    if not isinstance(state, dict) or depth > 32 or seen[0] > 10_000: raise InputError(f"snapshot: expected a network, got {type(module).__name__}" if seen[0] <= 10_000 else "snapshot: expected at most 10,000 modules, got more")
+    part = lambda name: {} if state.get(name) is None else dict(state[name])
     out, hidden = {}, state.get("_non_persistent_buffers_set") or ()
-    for kind in ("_parameters", "_buffers"):
-        out |= {k: v.detach().clone() for k, v in (state.get(kind) or {}).items() if v is not None and not (kind == "_buffers" and k in hidden)}
-    for name, child in (state.get("_modules") or {}).items():
-        if child is not None: out |= {f"{name}.{k}": v for k, v in module_state(child, depth + 1).items()}
+    for kind in ("_parameters", "_buffers"): out |= {k: v.detach() for k, v in part(kind).items() if v is not None and not (kind == "_buffers" and k in hidden)}
+    for name, child in part("_modules").items():
+        if child is not None: out |= {f"{str(name)[:200]}.{k}": v for k, v in module_state(child, seen, depth + 1).items()}
     return out
 
 # %% ../nbs/09_checkpoints.ipynb #20221d8d
@@ -282,18 +301,23 @@ def official_name(name:str) -> str:
 
 def fill_official(G:PoseFreeGenerator, state:dict, where:str) -> PoseFreeGenerator: # state: official name -> tensor
     "Copy official tensors into a generator: every one is used, every shape is checked"
+    check_official(G, state, where)
+    turned = {official_name(f"{name}.weight") for name, m in G.named_modules() if getattr(m, "up", False) is True and hasattr(m, "style")}
+    with torch.no_grad():
+        for k, v in G.state_dict().items(): v.copy_(state[official_name(k)].flip(2, 3) if official_name(k) in turned else state[official_name(k)])
+    return G
+
+def check_official(G:PoseFreeGenerator, state:dict, where:str): # G: may be without memory (torch's `meta` device)
+    "Every official tensor has its place, every place its tensor, of its shape and of finite numbers"
     own = {official_name(k): v for k, v in G.state_dict().items()}
     rest = {k: v for k, v in state.items() if k.split(".")[-1] != "resample_filter"}
     tap = torch.tensor([1., 3, 3, 1]) / 8
     bad = [k for k, v in state.items() if k not in rest and (v.shape != (4, 4) or not torch.allclose(v.float(), torch.outer(tap, tap), atol=1e-6))]
     if any("bg_nerf" in k for k in rest): raise InputError(f"{where}: expected a generator alone, got one with a background NeRF (backbone.bg_nerf): a second field outside the box, which this kit does not have")
     wrong = [f"{k} {tuple(rest[k].shape)} instead of {tuple(own[k].shape)}" for k in sorted(own.keys() & rest.keys()) if rest[k].shape != own[k].shape]
-    told = dict(missing=sorted(own.keys() - rest.keys()), left_over=sorted(rest.keys() - own.keys()), misshapen=wrong, other_filters=sorted(bad))
+    odd = [k for k in sorted(own.keys() & rest.keys()) if rest[k].shape == own[k].shape and not (rest[k].is_floating_point() and rest[k].isfinite().all())]
+    told = dict(missing=sorted(own.keys() - rest.keys()), left_over=sorted(rest.keys() - own.keys()), misshapen=wrong, other_filters=sorted(bad), not_finite=odd)
     if any(told.values()): raise InputError(f"{where}: expected the tensors of this configuration, got " + "; ".join(f"{len(v)} {k.replace('_', ' ')}: {', '.join(v[:24])}{' ...' if len(v) > 24 else ''}" for k, v in told.items() if v))
-    turned = {official_name(f"{name}.weight") for name, m in G.named_modules() if getattr(m, "up", False) is True and hasattr(m, "style")}
-    with torch.no_grad():
-        for k, v in own.items(): v.copy_(rest[k].flip(2, 3) if k in turned else rest[k])
-    return G
 
 # %% ../nbs/09_checkpoints.ipynb #d7895b87
 def import_official(
@@ -305,13 +329,21 @@ def import_official(
     "Read a public PoF3D generator without running any of its code; it renders by the published rules"
     device = resolve_device(device)
     where = "state dict" if isinstance(path, dict) else Path(path).name
+    try: return _import(path, config, device, where, reader)
+    except InputError: raise
+    except (TypeError, AttributeError, KeyError, IndexError, ValueError, ArithmeticError, RecursionError, RuntimeError) as e: # settings of any type and value come from the file
+        raise InputError(f"{where}: expected the tensors and settings of a PoF3D generator, got something else: {type(e).__name__}: {' '.join(str(e).split())[:200]}") from e
+
+def _import(path, config, device, where, reader):
     state, options, axes, notes, judge = (path, None, None, {}, None) if isinstance(path, dict) else _official_file(Path(path))
     options = options if config is None else _official_options(config)
     if options is None: raise InputError(f"{where}: expected a configuration beside bare tensors (the official config.json), got none")
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
         c = options if isinstance(options, GeneratorConfig) else official_config(options, axes)
-    for h in heard: warnings.warn(str(h.message), stacklevel=2)
+    for h in heard: warnings.warn(str(h.message), stacklevel=3)
+    with torch.device("meta"): empty = PoseFreeGenerator(c)
+    check_official(empty, state, where)
     G = fill_official(PoseFreeGenerator(c), state, where)
     if isinstance(options, dict) and flat_options(options).get("backbone_noise_mode") == "none":
         for k, p in G.synthesis.named_parameters():
@@ -336,21 +368,16 @@ def _take_reader(G, judge) -> str: # what became of it, for the card
 def _official_options(config):
     "An official configuration, or one of ours"
     if isinstance(config, GeneratorConfig): return config
-    if not isinstance(config, dict):
-        try: config = json.loads(Path(config).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as e: raise InputError(f"expected a configuration in JSON, got {str(config)!r}: {e}") from e
-    if not isinstance(config, dict): raise InputError(f"expected a configuration with named options, got {type(config).__name__}")
+    config = config if isinstance(config, dict) else read_json(config)
     return config if "constructor" in config or "rendering_kwargs" in config else config_from_dict(GeneratorConfig, config)
 
 def _official_file(path) -> tuple: # tensors, official options or None, plane axes or None, notes for the card, an inert discriminator or None
     if not path.is_file(): raise InputError(f"expected a file of official weights, got {str(path)!r}: no such file")
     if path.suffix == ".pkl": return _official_snapshot(path)
-    try:
-        if path.suffix == ".safetensors": from safetensors.torch import load_file; state = load_file(path)
-        elif path.suffix in (".pt", ".pth"): state = torch.load(path, map_location="cpu", weights_only=True)
-        else: raise InputError(f"expected a .pkl, .safetensors or .pt file, got {path.name!r}")
-    except InputError: raise
-    except Exception as e: raise InputError(f"expected a whole file of tensors, got {path.name!r}: {' '.join(str(e).split())[:200]}") from e
+    if path.suffix == ".safetensors":
+        with open_tensors(path) as (f, _): state = {k: f.get_tensor(k) for k in f.keys()}
+    elif path.suffix in (".pt", ".pth"): state = read_torch(path, path.name)
+    else: raise InputError(f"expected a .pkl, .safetensors or .pt file, got {path.name!r}")
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()): raise InputError(f"{path.name}: expected tensors by name and nothing else")
     return state, None, None, {}, None
 
@@ -385,6 +412,11 @@ class ReaderConfig:
     dual:bool # sees the picture twice: as it is, and made as small as the volume rendering
     render_resolution:int = 64 # pixels on a side of the volume rendering
     clamp:float|None = 256. # limit of every convolution's output
+
+    def __post_init__(self):
+        check_range(self, 1, 4096, "channels", "render_resolution"); check_range(self, 0, 4096, "hidden")
+        if not 2 <= len(self.channels) <= 10 or self.clamp is not None and not self.clamp > 0: raise InputError(f"ReaderConfig: expected 2 to 10 channels and a clamp above 0, got {self.channels} and {self.clamp}")
+
     @property
     def resolution(self) -> int: return 2 * 2 ** len(self.channels)
 
@@ -444,11 +476,13 @@ def official_reader(
     width = [state[f"b{r}.conv1.weight"].shape[1] for r in sizes] + [len(state["b4.conv.weight"])]
     first = state.get(f"b{sizes[0]}.fromrgb.weight")
     if first is None or first.ndim != 4 or first.shape[1] not in (3, 6): raise InputError(f"discriminator: expected b{sizes[0]}.fromrgb.weight of 3 or 6 inputs, got {None if first is None else tuple(first.shape)}")
-    D = OfficialReader(ReaderConfig(tuple(width), 0 if linear else len(state["b4.cam_out1.weight"]), first.shape[1] == 6, render_resolution, clamp))
-    own = {reader_name(k, D.config.resolution): v for k, v in D.state_dict().items()}
+    config = ReaderConfig(tuple(width), 0 if linear else len(state["b4.cam_out1.weight"]), first.shape[1] == 6, render_resolution, clamp)
+    with torch.device("meta"): own = {reader_name(k, config.resolution): v for k, v in OfficialReader(config).state_dict().items()}
     if wrong := [f"{k} {tuple(state[k].shape) if k in state else 'missing'} instead of {tuple(v.shape)}" for k, v in own.items() if k not in state or state[k].shape != v.shape]:
-        raise InputError(f"discriminator: expected the tensors of a pose branch at {D.config.resolution} pixels, got {len(wrong)} others: {', '.join(wrong[:12])}")
+        raise InputError(f"discriminator: expected the tensors of a pose branch at {config.resolution} pixels, got {len(wrong)} others: {', '.join(wrong[:12])}")
+    if odd := [k for k in own if not (state[k].is_floating_point() and state[k].isfinite().all())]: raise InputError(f"discriminator: expected finite numbers, got others in {odd[0]}")
+    D = OfficialReader(config)
     with torch.no_grad():
-        for k, v in own.items(): v.copy_(state[k])
+        for k, v in D.state_dict().items(): v.copy_(state[reader_name(k, config.resolution)])
     return D.requires_grad_(False).eval()
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from .camera import Pose
-from .core import InputError, check_shape
+from .core import InputError, check_range, check_shape
 from .stylegan import Conv, Linear, ResidualBlock, group_std, lrelu
 
 # %% ../nbs/07_discriminator.ipynb #3cb1d1ab
@@ -24,6 +24,10 @@ class DiscriminatorConfig:
     feature_dim:int = 64 # width of features and pose embedding
     pose_conditioned:bool = True # score the pair (image, pose); False: the unconditioned one of the ablation (it keeps the pose head, for measuring only)
     pose_unit_deg:tuple = (20., 8.6) # the pose head's unit: yaw, pitch in degrees
+
+    def __post_init__(self):
+        check_range(self, 1, 4096, "channels", "group", "feature_dim"); check_range(self, 1e-3, 360, "pose_unit_deg")
+        if not 1 <= len(self.channels) <= 10 or len(self.pose_unit_deg) != 2: raise InputError(f"DiscriminatorConfig: expected 1 to 10 channels and 2 units, got {self.channels} and {self.pose_unit_deg}")
 
     @property
     def resolution(self) -> int: return 2 * 2 ** len(self.channels)

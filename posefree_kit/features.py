@@ -12,15 +12,13 @@ __all__ = ['CLOTHES', 'FAMILY', 'OURS', 'YAWS', 'PITCHES', 'TORCHVISION', 'BACKB
            'ship_encoder']
 
 # %% ../nbs/10_features.ipynb #76999a05
-import importlib.resources, io, json, math, os, urllib.request, warnings
+import importlib.resources, math, os, urllib.request, warnings
 from dataclasses import dataclass
 from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors, save as save_tensors
-from .core import InputError, check_shape, config_from_dict, config_to_dict, resize, resolve_device, rng, save_json, sha256, whole_file
+from .core import InputError, check_range, check_shape, config_from_dict, config_to_dict, load_values, open_tensors, read_json, read_network, read_torch, resize, resolve_device, rng, save_json, save_values, sha256, tensor_bytes, whole_file
 
 # %% ../nbs/10_features.ipynb #5e4b919d
 def arcface_logits(
@@ -47,6 +45,10 @@ class EncoderConfig:
     slope:float = .1 # of the leaky ReLU
     dim:int = 128 # length of the embedding
     size:int = 64 # pixels a side it was made for
+
+    def __post_init__(self):
+        check_range(self, 1, 4096, "widths", "dim", "size"); check_range(self, 1, 64, "blocks", "kernel"); check_range(self, 0, 1, "slope")
+        if len(self.widths) != len(self.blocks) + 1 or len(self.widths) > 10 or self.kernel % 2 == 0: raise InputError(f"EncoderConfig: expected one width more than blocks and an odd kernel, got {self.widths}, {self.blocks}, {self.kernel}")
 
 class Residual(nn.Module):
     "Two convolutions and a shortcut; `stride` 2 halves the size"
@@ -197,12 +199,12 @@ def train_encoder(
     "Train an encoder with the ArcFace margin; stopped and started again with `state`, it ends the same"
     check_shape(pictures, "P N 3 S S", "pictures")
     trainer = Trainer(config, training, len(pictures), start)
-    if state and Path(state).exists(): trainer.restore(torch.load(state, weights_only=True))
+    if state and Path(state).exists(): trainer.restore(load_values(state))
     while trainer.step < training.steps:
         loss, right = trainer.update(pictures)
         if callback: callback(trainer.step, loss, right)
         if state and (trainer.step % 200 == 0 or trainer.step == training.steps):
-            with whole_file(state) as tmp: torch.save(trainer.state(), tmp)
+            save_values(trainer.state(), state)
     return calibrate(freeze(trainer.net.to(memory_format=torch.contiguous_format)), decode(pictures[:64, 0]))
 
 def freeze(net:nn.Module) -> nn.Module:
@@ -253,7 +255,7 @@ def assets(): return Path(str(importlib.resources.files("posefree_kit")))/"asset
 def save_encoder(net:PortraitEncoder, path, **card): # path: NAME.safetensors; the card goes to NAME.json
     "Write an encoder in half precision, and its model card"
     path = Path(path)
-    data = save_tensors({k: v.half().contiguous() if v.is_floating_point() else v for k, v in net.state_dict().items() if not k.endswith("num_batches_tracked")})
+    data = tensor_bytes({k: v.half() if v.is_floating_point() else v for k, v in net.state_dict().items() if not k.endswith("num_batches_tracked")}, {})
     with whole_file(path) as tmp: tmp.write_bytes(data)
     save_json(dict(name=path.stem, config=config_to_dict(net.config), sha256=sha256(data), bytes=len(data), **card), path.with_suffix(".json"))
 
@@ -264,28 +266,20 @@ def load_encoder(
     "Read an encoder and check it against its card"
     path = Path(path) if str(path).endswith(".safetensors") else assets()/f"{path}.safetensors"
     card = encoder_card(path)
-    data = _read(path)
-    if sha256(data) != card["sha256"]: raise InputError(f"{path.name}: expected sha256 {card['sha256'][:12]}... as its card says, got {sha256(data)[:12]}... (damaged, or another file)")
-    net = PortraitEncoder(config_from_dict(EncoderConfig, card["config"]))
-    try: missing, extra = net.load_state_dict({k: v.float() for k, v in load_tensors(data).items()}, strict=False)
-    except (SafetensorError, RuntimeError) as e: raise InputError(f"{path.name}: expected the tensors of its card's config; {str(e).splitlines()[-1].strip()}") from e
-    missing = [k for k in missing if not k.endswith("num_batches_tracked")]
-    if missing or extra: raise InputError(f"{path.name}: expected the tensors of its card's config; missing {missing[:3]}, not known {extra[:3]}")
+    if not path.is_file(): raise InputError(f"expected a file {str(path)!r}: no such file")
+    if (got := sha256(path)) != card["sha256"]: raise InputError(f"{path.name}: expected sha256 {str(card['sha256'])[:12]}... as its card says, got {got[:12]}... (damaged, or another file)")
+    config = config_from_dict(EncoderConfig, card["config"])
+    net = read_network(lambda: PortraitEncoder(config), path, besides=("num_batches_tracked",))
     net.card = card
     return freeze(net).to(resolve_device(device))
 
 def encoder_card(path) -> dict: # path: as in `load_encoder`
     "The model card beside an encoder"
     path = Path(path) if str(path).endswith(".safetensors") else assets()/f"{path}.safetensors"
-    text = _read(path.with_suffix(".json"))
-    try: card = json.loads(text)
-    except ValueError as e: raise InputError(f"{path.with_suffix('.json').name}: expected a model card in JSON, got {e}") from e
-    if not (isinstance(card, dict) and {"config", "sha256"} <= card.keys()): raise InputError(f"{path.with_suffix('.json').name}: expected a model card with config and sha256")
+    try: card = read_json(path.with_suffix(".json"))
+    except InputError as e: raise InputError(f"expected a model card beside {path.name}: {e}") from e
+    if not {"config", "sha256"} <= card.keys(): raise InputError(f"{path.with_suffix('.json').name}: expected a model card with config and sha256")
     return card
-
-def _read(path) -> bytes:
-    try: return Path(path).read_bytes()
-    except OSError as e: raise InputError(f"expected a file {str(path)!r}: {e.strerror}") from e
 
 # %% ../nbs/10_features.ipynb #4d55f574
 class Perceptual(nn.Module):
@@ -396,9 +390,9 @@ def _reachable(name, url, instead): # fail in seconds, not after a minute of ret
 # %% ../nbs/10_features.ipynb #bf57b157
 def read_state(name:str, path:Path) -> dict: # tensors by name; nothing in the file is executed
     "The tensors of a .safetensors, .pth or .pt file"
-    try: state = load_tensors(_read(path)) if path.suffix == ".safetensors" else torch.load(io.BytesIO(_read(path)), map_location="cpu", weights_only=True)
-    except InputError: raise
-    except Exception as e: raise InputError(f"{name}: expected a file of tensors, got {path.name}: {(str(e) or type(e).__name__).splitlines()[0][:120]}") from e
+    if path.suffix == ".safetensors":
+        with open_tensors(path) as (f, _): state = {k: f.get_tensor(k) for k in f.keys()}
+    else: state = read_torch(path, f"{path.name} for {name}")
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict): state = state["state_dict"]
     if not (isinstance(state, dict) and state and all(isinstance(v, Tensor) for v in state.values())): raise InputError(f"{name}: expected named tensors in {path.name}, got {type(state).__name__}")
     return state

@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from .camera import FOCAL, RADIUS, Pose, cam2world, intrinsics as pinhole, rays
-from .core import InputError, check_shape, whole_file
+from .core import InputError, check_range, check_shape, whole_file
 from .rendering import Rays, coarse_depths, render_rays, render_rays_eg3d, softplus_density
-from .stylegan import Linear, Mapping, Synthesis, SynthesisBlock, lrelu, upsample
+from .stylegan import Linear, Mapping, Synthesis, SynthesisBlock, lrelu
 
 # %% ../nbs/05_generator.ipynb #12b625e6
 AXES = {"xyz": ((0, 1), (0, 2), (2, 1)),  # three different planes: ours
@@ -206,6 +206,13 @@ class GeneratorConfig:
         for name, allowed in dict(plane_axes=tuple(AXES), decoder_act=("lrelu", "softplus"), background=("linear", "none", "white"), superresolution=tuple(SUPERRESOLUTION),
                                    march=("plain", "eg3d"), pose_rule=("tanh", "look_at"), pose_extra=("none", "radius", "fov")).items():
             if getattr(self, name) not in allowed: raise InputError(f"GeneratorConfig.{name}: expected one of {allowed}, got {getattr(self, name)!r}")
+        check_range(self, 1, 4096, "z_dim", "w_dim", "channels", "plane_channels", "decoder_hidden", "features", "pose_hidden", "samples", "render_resolution")
+        check_range(self, 0, 4096, "view_dim", "mapping_layers", "fine_samples"); check_range(self, -1e3, 1e3, "pivot", "pose_mean", "pose_start_deg", "ball", "fov_mean")
+        check_range(self, 1e-6, 1e6, "box", "ball_radius", "radius", "focal", "near", "far", "density_scale", "mapping_rate", "pose_rate", "decoder_rate", "clamp_gain")
+        lengths = dict(channels=range(1, 10), pivot=(3,), pose_mean=(2,), pose_start_deg=(2,), pose_clamp=(2,))
+        if bad := [k for k, n in lengths.items() if len(getattr(self, k)) not in n]: raise InputError(f"GeneratorConfig.{bad[0]}: expected {lengths[bad[0]]} numbers, got {len(getattr(self, bad[0]))}")
+        if self.mapping_layers > 64 or self.near >= self.far or self.features < 3: raise InputError(f"GeneratorConfig: expected at most 64 mapping layers, near before far and 3 features, got {self.mapping_layers}, {self.near}, {self.far}, {self.features}")
+        if not all(c == () or len(c) == 2 and all(isinstance(x, (int, float)) for x in c) for c in self.pose_clamp): raise InputError(f"GeneratorConfig.pose_clamp: expected (lowest, highest) or () twice, got {self.pose_clamp}")
         if not 0 <= self.view_dim < min(self.z_dim, self.w_dim): raise InputError(f"GeneratorConfig.view_dim: expected 0 .. w_dim - 1, got {self.view_dim}")
         if self.background == "white" and self.march != "eg3d": raise InputError("GeneratorConfig: a white background is part of the march 'eg3d'")
         if self.view_dim and self.z_dim != self.w_dim: raise InputError("GeneratorConfig: a view part needs z_dim == w_dim")

@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['PRESETS', 'Schedule', 'constant', 'ramp', 'warm_cosine', 'Stage', 'InvertConfig', 'quick', 'paper', 'with_steps',
            'Networks', 'view_offsets', 'render_at', 'objective', 'candidates', 'search_start', 'FreePose',
-           'InvertState', 'DivergedError', 'adam_step', 'Step', 'run', 'Inversion', 'prepare', 'invert', 'result']
+           'InvertState', 'adam_step', 'Step', 'run', 'Inversion', 'prepare', 'invert', 'result']
 
 # %% ../nbs/12_optimiser.ipynb #51aad3c1
 import dataclasses, math, time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from . import losses
 from .camera import Pose, mirror
-from .core import InputError, check_shape, config_hash, config_to_dict, resize, rng
+from .core import DivergedError, InputError, check_range, check_shape, config_hash, config_to_dict, memory_advice, resize, rng
 from .features import backends, load_identity, load_perceptual
 from .pose import LIMIT, PoseFreeGenerator
 
@@ -26,8 +26,9 @@ class Schedule:
     points:tuple # ((progress, value), ...), progress rising
 
     def __post_init__(self):
-        p = [x for x, _ in self.points]
-        if not p or p != sorted(p): raise InputError(f"Schedule: expected points with rising progress, got {self.points}")
+        number = lambda x: isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) < math.inf
+        whole = all(isinstance(q, tuple) and len(q) == 2 and all(map(number, q)) for q in self.points)
+        if not self.points or not whole or list(self.points) != sorted(self.points, key=lambda q: q[0]): raise InputError(f"Schedule: expected points with rising progress, got {self.points}")
     def __call__(self, progress:float) -> float:
         points = self.points
         if progress <= points[0][0]: return float(points[0][1])
@@ -85,6 +86,7 @@ class InvertConfig:
     def __post_init__(self):
         if self.space not in ("w", "w+"): raise InputError(f"InvertConfig.space: expected 'w' or 'w+', got {self.space!r}")
         if not self.stages or any(s.steps < 0 for s in self.stages) or self.steps < 1: raise InputError(f"InvertConfig.stages: expected at least 1 step in all, got {[s.steps for s in self.stages]}")
+        check_range(self, 0, 1e6, "clip", "noise", "l1", "perceptual_weight", "raw", "w_prior", "delta_prior", "start_steps"); check_range(self, 0, 1, "warmup"); check_range(self, 1, 100_000, "candidates", "starts", "mv_every")
         if self.mv_every < 1 or self.starts < 1 or self.candidates < self.starts: raise InputError("InvertConfig: expected mv_every >= 1 and candidates >= starts >= 1")
 
     @property
@@ -230,17 +232,21 @@ class InvertState:
     "What is optimised, and where the run is: enough to continue"
     def __init__(self, w:Tensor, d:Tensor|None=None, free:FreePose|None=None): # free: a camera of its own; None: the pose is f(w)
         self.w, self.d, self.free, self.step, self.adam, self.trace = w.detach().clone(), None if d is None else d.detach().clone(), free, 0, None, []
+        self.before, self.trouble = None, "" # what was before the last step; which loss stopped being finite: from there on at half the rate
     def deltas(self, G) -> Tensor: # (B, num_ws, w_dim)
         return self.w.new_zeros(len(self.w), G.num_ws, self.w.shape[-1]) if self.d is None else self.d
     def pose(self, G) -> Pose: return G.pose(self.w) if self.free is None else Pose.of(self.free.angles)
     def copy(self):
         new = InvertState(self.w, self.d, None if self.free is None else self.free.copy())
-        new.step, new.trace, new.adam = self.step, list(self.trace), _copied(self.adam)
+        new.step, new.trace, new.adam, new.before, new.trouble = self.step, list(self.trace), _copied(self.adam), self.before, self.trouble
         return new
-
-class DivergedError(RuntimeError):
-    "A loss stopped being finite; `state` is the last good one"
-    def __init__(self, message:str, state:InvertState): super().__init__(message); self.state = state
+    def here(self) -> tuple: return self.step, self.w, self.d, _copied(self.adam), None if self.free is None else self.free.copy()
+    def back(self) -> bool: # one step back, if one was made
+        if self.before is None: return False
+        self.step, self.w, self.d, adam, free = self.before
+        self.adam, self.free, self.before = _copied(adam), None if free is None else free.copy(), None
+        del self.trace[-1:]
+        return True
 
 def adam_step(params:list, grads:list, memory:dict|None, rate:float, clip:float, betas=(.9, .999)) -> dict:
     "Adam with the gradient norm clipped image by image; `memory` holds its moments"
@@ -270,15 +276,15 @@ class Step:
 
 def run(nets:Networks, target:Tensor, config:InvertConfig, state:InvertState, callback=None, terms:dict={}) -> InvertState: # terms: as in `objective`
     "Optimise from `state.step` to the end, or until the callback returns False"
-    G, free = nets.generator, state.free
+    G = nets.generator
     std = G.mapping(G.draw(512, config.seed)).std(0)
     while state.step < config.steps:
         stage, p, done = config.at(state.step)
-        s, good = config.stages[stage], (state.w.clone(), None if state.d is None else state.d.clone())
+        s, free, here = config.stages[stage], state.free, state.here()
         if p == 0: state.adam = None
         if s.layers and config.space == "w+" and state.d is None: state.d = state.deltas(G)
         w, d = state.w.clone().requires_grad_(), state.deltas(G).clone().requires_grad_(state.d is not None)
-        rate = s.rate * warm_cosine(p + 1 / s.steps * .5, config.warmup)
+        rate = s.rate * warm_cosine(p + 1 / s.steps * .5, config.warmup) * (.5 if state.trouble else 1.)
         noise = 0. if stage else config.noise * max(0., 1 - p / .75) ** 2
         shaken = w + noise * std * torch.randn(1, w.shape[-1], generator=rng(config.seed * 104_729 + state.step)).to(w) if noise else w
         angles = None if free is None else free.angles.clone().requires_grad_()
@@ -286,16 +292,17 @@ def run(nets:Networks, target:Tensor, config:InvertConfig, state:InvertState, ca
         params = [] if free and state.step < free.preheat else [w] + ([d] if state.d is not None else [])
         grads = torch.autograd.grad(total.sum(), params + ([] if free is None else [angles]))
         if not (total.isfinite().all() and all(g.isfinite().all() for g in grads)):
-            state.w, state.d = good
-            bad = [k for k, v in parts.items() if not v.isfinite().all()] or ["gradient"]
-            raise DivergedError(f"{bad[0]} is not finite at step {state.step} of {config.steps}; the last good state is kept", state)
+            bad = ([k for k, v in parts.items() if not v.isfinite().all()] or ["gradient"])[0]
+            once, here = state.trouble, f"{bad} is not finite at step {state.step} of {config.steps}"
+            if state.back() and not once: state.trouble = here; continue # once: one step back, and on at half the rate
+            raise DivergedError((f"{once}; a step back and at half the rate, {bad} at step {state.step}" if once else here) + "; the last good state is kept", state)
         with torch.no_grad():
             if params: state.adam = adam_step(params, grads[:len(params)], state.adam, rate, config.clip)
             if free: free.adam = adam_step([angles], grads[-1:], free.adam, free.rate * warm_cosine(done, config.warmup), config.clip); free.angles = angles.detach().clamp(-LIMIT, LIMIT)
         state.w = w.detach()
         if state.d is not None: state.d = d.detach()
         state.trace.append({k: v.detach().cpu() for k, v in parts.items()} | dict(step=state.step, stage=stage, rate=rate, total=total.detach().cpu(), pose=pose.stack().detach().cpu(), weights=lam))
-        state.step += 1
+        state.step, state.before = state.step + 1, here
         if callback and callback(Step(state.step - 1, config.steps, stage, {k: v.detach() for k, v in parts.items()}, lam, rate, pose.detach(), view, state)) is False: break
     return state
 
@@ -333,12 +340,14 @@ def invert(
     "Invert images by optimising nothing but their latent codes"
     t0, starts = time.time(), None
     nets, target = prepare(image, generator, config, psi, phi)
-    if state is None:
-        w, starts = search_start(nets, target, config)
-        state = InvertState(w)
-    else: state = state.copy()
-    first = state.step
-    run(nets, target, config, state, callback, terms)
+    b, n = len(target), config.starts
+    with memory_advice(f"half as many images at a time (now {b}) take half of it" if b > 1 else f"half of InvertConfig.starts (now {n}), a generator of fewer pixels, or --device cpu"):
+        if state is None:
+            w, starts = search_start(nets, target, config)
+            state = InvertState(w)
+        else: state = state.copy()
+        first = state.step
+        run(nets, target, config, state, callback, terms)
     return result(nets, config, state, dict(seconds=round(time.time() - t0, 2), steps=state.step - first, start_scores=None if starts is None else starts.tolist()))
 
 def result(nets:Networks, config:InvertConfig, state:InvertState, more:dict) -> Inversion:
@@ -351,5 +360,5 @@ def result(nets:Networks, config:InvertConfig, state:InvertState, more:dict) -> 
     mean = lambda t: {k: round(float(v.mean()), 5) for k, v in t.items() if isinstance(v, Tensor) and k != "pose"}
     report = dict(generator=dict(name=G.name, sha256=G.sha256, resolution=G.resolution), method="latent-only", space=config.space, preset=config.preset, config=config_hash(config), seed=config.seed, device=str(state.w.device),
                   pose=[dict(yaw_deg=round(float(y), 3), pitch_deg=round(float(p), 3)) for y, p in pose.degrees()], backends=backends(nets.psi, nets.phi),
-                  stages=[dict(config_to_dict(s), losses=mean(state.trace[e])) for s, e in zip(config.stages, ends) if e is not None])
+                  **(dict(trouble=state.trouble) if state.trouble else {}), stages=[dict(config_to_dict(s), losses=mean(state.trace[e])) for s, e in zip(config.stages, ends) if e is not None])
     return Inversion(state.w, d, ws, pose, view, list(state.trace), report | more, state)

@@ -9,12 +9,12 @@ __all__ = ['SHAPE', 'TONES', 'LOOK', 'STYLES', 'EXPRESSIONS', 'GROUPS', 'LETTERS
            'portrait_batch', 'portrait', 'change', 'write_portraits']
 
 # %% ../nbs/02_portraits.ipynb #bcc7bdc6
-import difflib, json, math, zlib
+import difflib, math, zlib
 from dataclasses import dataclass
 from pathlib import Path
 import torch
 from torch import Tensor
-from .core import InputError, check_shape, resolve_device, save_image, save_json
+from .core import InputError, resolve_device, save_image, save_json
 from .camera import Pose, cam2world, intrinsics, rays
 
 # %% ../nbs/02_portraits.ipynb #2a4e8c89

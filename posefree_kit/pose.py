@@ -11,7 +11,7 @@ import torch
 from torch import nn, Tensor
 from .camera import Pose
 from .core import InputError, check_shape, rng
-from .generator import Generator, GeneratorConfig, Planes, View
+from .generator import Generator, GeneratorConfig
 from .stylegan import Linear, lrelu
 
 # %% ../nbs/06_pose_learner.ipynb #5a217a15

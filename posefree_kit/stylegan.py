@@ -12,7 +12,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
-from .core import InputError, check_shape
+from .core import check_shape
 
 # %% ../nbs/04_stylegan.ipynb #0dc5961f
 def lrelu(x:Tensor) -> Tensor:

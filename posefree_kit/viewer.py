@@ -23,10 +23,10 @@ from PIL import Image
 from torch import Tensor
 from .camera import Pose, cam2world, intrinsics, project, turn, unproject
 from .checkpoints import save_checkpoint
-from .core import InputError, check_shape, config_from_dict, config_hash, config_to_dict, image_grid, resize, save_image, save_json, sha256, tensor_to_image, whole_file
+from .core import DivergedError, InputError, check_shape, config_from_dict, config_hash, config_to_dict, image_grid, load_tensors, read_json, resize, save_image, save_json, save_tensors, sha256, tensor_to_image, whole_file
 from .features import backends, load_identity, load_perceptual
 from .losses import depth_std
-from .optimiser import DivergedError, InvertConfig, InvertState, Networks, Schedule, Stage, constant, invert, quick, result, run, search_start
+from .optimiser import InvertConfig, InvertState, Networks, Schedule, Stage, constant, invert, quick, result, run, search_start
 from .rendering import softplus_density
 
 # %% ../nbs/16_viewer.ipynb #d0befddc
@@ -599,6 +599,7 @@ def save_session(s:Session, folder, name:str="image") -> dict: # name: what repo
 
 def config_of(values:dict) -> InvertConfig: # from `config_to_dict`
     "An inversion's configuration, back from JSON"
+    if not isinstance(values, dict) or not isinstance(values.get("stages", []), (list, tuple)): raise InputError(f"InvertConfig: expected an object with named settings and a list of stages, got {repr(values)[:80]}")
     kinds = {f.name: f.type for f in dataclasses.fields(InvertConfig)}
     schedule = lambda v: config_from_dict(Schedule, v)
     read = {k: tuple(config_from_dict(Stage, s) for s in v) if k == "stages" else schedule(v) if kinds.get(k) is Schedule else v for k, v in values.items()}
@@ -611,10 +612,10 @@ def replay(
     psi=None, phi=None, # as they were given
 ): # -> Inversion; on the same device the same latent, to the bit
     "Repeat a hand-driven run"
-    report = report if isinstance(report, dict) else json.loads(Path(report).read_text(encoding="utf-8"))
+    report = report if isinstance(report, dict) else read_json(report)
     hand = report.get("hand")
-    if not hand: raise InputError("replay: expected the report of a hand-driven run, got one without 'hand'")
-    if report["generator"]["sha256"] != generator.sha256: raise InputError(f"replay: expected the generator {report['generator']['name']}, got {generator.name} with other weights")
+    if not isinstance(hand, dict) or not {"config", "changes", "target"} <= hand.keys() or not isinstance(report.get("generator"), dict) or not isinstance(report.get("steps"), int): raise InputError("replay: expected the report of a hand-driven run, got one without 'hand'")
+    if report["generator"].get("sha256") != generator.sha256: raise InputError(f"replay: expected the generator {report['generator'].get('name')}, got {generator.name} with other weights")
     s = Engine(image, generator, config_of(hand["config"]), psi, phi, changes=hand["changes"])
     if sha256(s.target.cpu().numpy().tobytes()) != hand["target"]: raise InputError("replay: expected the image of the report, got another one")
     s.advance(report["steps"])
@@ -625,23 +626,20 @@ LATENT, TUNED = "posefree_kit latent 1", ("tuned.safetensors", "tuned.json")
 
 def save_latent(inversion, config, path, **more): # more: JSON values for the metadata
     "Write an inversion's code; where a method tuned the generator, its copy too, beside it (tuned.safetensors, in full precision)"
-    from safetensors.torch import save
     meta = dict(format=LATENT, generator=inversion.report["generator"], method=inversion.report["method"], config=config_to_dict(config), config_hash=config_hash(config)) | more
     if inversion.generator is not None:
         tuned = save_checkpoint(Path(path).with_name(TUNED[0]), inversion.generator, card=dict(tuned_from=inversion.report["generator"], method=inversion.report["method"]), half=False)
         meta["tuned"] = dict(file=tuned.name, sha256=sha256(tuned))
     tensors = dict(w=inversion.w, deltas=inversion.deltas, pose=inversion.pose.stack())
-    data = save({k: v.detach().float().cpu().contiguous() for k, v in tensors.items()}, metadata={k: json.dumps(v) for k, v in meta.items()})
-    with whole_file(path) as tmp: tmp.write_bytes(data)
+    save_tensors({k: v.float() for k, v in tensors.items()}, path, **meta)
 
 def load_latent(path) -> tuple: # dict of tensors w (1, w_dim), deltas (1, num_ws, w_dim), pose (1, 2) radians, ws; metadata
     "Read it back; anything else is an `InputError`"
-    from safetensors import SafetensorError, safe_open
-    if not Path(path).is_file(): raise InputError(f"expected a latent.safetensors file, got {str(path)!r}: no such file")
-    try:
-        with safe_open(path, framework="pt") as f: meta, t = {k: json.loads(v) for k, v in (f.metadata() or {}).items()}, {k: f.get_tensor(k) for k in f.keys()}
-    except (SafetensorError, ValueError, OSError) as e: raise InputError(f"expected a whole latent.safetensors file, got {str(path)!r}: {e}") from e
-    if meta.get("format") != LATENT or not {"w", "deltas", "pose"} <= set(t): raise InputError(f"expected a file of format {LATENT!r}, got {str(path)!r} of format {meta.get('format')!r}")
+    t, meta = load_tensors(path, LATENT)
+    if not {"w", "deltas", "pose"} <= set(t) or not all(isinstance(meta.get(k, {}), dict) for k in ("generator", "tuned")): raise InputError(f"{str(path)!r}: expected w, deltas, pose and a generator, got {sorted(t)}")
+    n, d = check_shape(t["deltas"], "1 N D", "deltas")["N"], check_shape(t["w"], "1 D", "w")["D"]
+    check_shape(t["deltas"], f"1 {n} {d}", "deltas"); check_shape(t["pose"], "1 2", "pose")
+    if not all(v.dtype == torch.float and v.isfinite().all() for v in t.values()): raise InputError(f"{str(path)!r}: expected finite numbers of type F32")
     return t | dict(ws=t["w"][:, None] + t["deltas"]), meta
 
 # %% ../nbs/16_viewer.ipynb #16a00003
