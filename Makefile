@@ -1,7 +1,7 @@
 # Everything starts here: `make demo` and `make test` need Python 3.11 to 3.13 and make, and set up the rest by themselves.
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-browser lab chapters export docs clean
+.PHONY: help setup demo test test-browser chromium lab chapters export docs clean
 BIN := .venv/bin
 # The environment is rebuilt when the requirements (or the folder's place) change; otherwise a second run starts at once.
 STAMP := .venv/.setup-$(shell (pwd; cat settings.ini setup.py) | cksum | cut -d' ' -f1)
@@ -21,7 +21,7 @@ $(STAMP):
 		$(PYTHON) -m venv --clear .venv; }
 	@echo "setup: installing into .venv (a few minutes the first time)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-warn-script-location -e '.[dev,notebooks]'
-	@cp "$$($(BIN)/python -c 'import pathlib, plotly; print(pathlib.Path(plotly.__file__).parent)')/package_data/plotly.min.js" nbs/  # for the site
+	@for there in nbs nbs/tutorials; do cp "$$($(BIN)/python -c 'import pathlib, plotly; print(pathlib.Path(plotly.__file__).parent)')/package_data/plotly.min.js" $$there/; done  # for the site
 	@rm -f .venv/.setup-* && touch $@
 
 demo: setup ## invert a portrait with the shipped generator: make demo [PORTRAIT=face.png]
@@ -30,17 +30,21 @@ demo: setup ## invert a portrait with the shipped generator: make demo [PORTRAIT
 	@echo && echo "The pictures are in out/demo/$(basename $(notdir $(PORTRAIT)))/ (open comparison.png first):" \
 		&& ls out/demo/$(basename $(notdir $(PORTRAIT)))
 
-test: setup ## library and notebooks agree, every chapter executes, pytest
+test: setup ## library and notebooks agree, every chapter executes, pytest (in a browser too, where Chromium is installed)
 	@rc=0; $(RUN) $(BIN)/python tests/tools/agree.py || rc=1; $(RUN) $(BIN)/python tests/tools/chapters.py || rc=1; \
-		$(RUN) $(BIN)/python -m pytest -n 2 tests || rc=1; exit $$rc
+		$(RUN) $(BIN)/python -m pytest -n 2 --dist loadgroup tests || rc=1; exit $$rc
 
-test-browser: setup ## drive the cockpit in JupyterLab by Chromium, which is installed first on Debian
-	@command -v chromium >/dev/null || { command -v apt-get >/dev/null || { echo "expected Chromium on the PATH, or apt-get to install it with"; exit 1; }; \
-		as=$$([ "$$(id -u)" = 0 ] || echo sudo); $$as apt-get update -qq && $$as apt-get install -y -qq chromium; }
-	$(RUN) $(BIN)/python -m pytest -s tests/browser
+test-browser: chromium setup ## open the site, and drive the cockpit in JupyterLab, by Chromium, which is installed first on Debian
+	$(RUN) $(BIN)/python -m pytest -s tests/browser tests/test_site.py
 
-lab: setup ## read and run the chapters in JupyterLab
-	$(BIN)/python -m jupyterlab --LabApp.default_url=/lab/tree/nbs/index.ipynb
+chromium: ## install Chromium, where it is missing, on Debian
+	@command -v chromium || command -v chromium-browser || command -v google-chrome || { \
+		command -v apt-get >/dev/null || { echo "expected Chromium on the PATH, or apt-get to install it with"; exit 1; }; \
+		as=$$([ "$$(id -u)" = 0 ] || echo sudo); export DEBIAN_FRONTEND=noninteractive; \
+		$$as apt-get update -qq -o Acquire::Retries=1 && $$as apt-get install -y -qq chromium; }
+
+lab: setup ## read and run everything in JupyterLab, from the quick tour on
+	JUPYTER_PREFER_ENV_PATH=1 $(BIN)/python -m jupyterlab --LabApp.default_url=/lab/tree/nbs/tutorials/quick_tour.ipynb
 
 chapters: setup ## execute the chapters in place and keep their pictures: make chapters [NAMES="01_camera 05_generator"]
 	$(RUN) $(BIN)/python tests/tools/chapters.py --save $(NAMES)
@@ -49,9 +53,9 @@ chapters: setup ## execute the chapters in place and keep their pictures: make c
 export: setup ## notebooks -> posefree_kit/*.py and README.md, after an edit
 	$(BIN)/nbdev_export && $(BIN)/nbdev_clean && $(BIN)/python tests/tools/readme.py
 
-docs: setup ## the site in _docs/: by Quarto where it is installed, plain pages otherwise
+docs: setup ## the site in _docs/: by Quarto where it is installed, by pandoc otherwise
 	$(BIN)/python tests/tools/docs.py
 
 clean: ## remove what was built (not .venv)
-	rm -rf _proc _docs out build dist *.egg-info .pytest_cache .ruff_cache .hypothesis nbs/nbdev.yml nbs/plotly.min.js nbs/.last_checked
+	rm -rf _proc _docs out build dist *.egg-info .pytest_cache .ruff_cache .hypothesis nbs/nbdev.yml nbs/plotly.min.js nbs/tutorials/plotly.min.js nbs/.last_checked
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

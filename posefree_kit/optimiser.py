@@ -141,7 +141,7 @@ def objective(
     w:Tensor, deltas:Tensor, # (B, w_dim), (B, num_ws, w_dim)
     step:int, weights:dict|None=None, # None: those of the schedules
     pose:Pose|None=None, # None: f(w), as in the paper; a camera of its own in Pose Opt (chapter 14)
-    terms:dict={}, # further losses: name -> (weight, f(planes, pose, view, target) -> (B,))
+    terms:dict={}, # further losses: name -> (weight, f(planes, pose, view, target) -> (B,)); weight: a number or a `Schedule`
 ) -> tuple: # total (B,), parts {name: (B,)}, weights {name: lambda}, pose, view
     "The losses that are due at this step, and their weighted sum (Eq. 6)"
     G, (stage, _, p) = nets.generator, config.at(step)
@@ -159,7 +159,10 @@ def objective(
     if lam["geo"]: parts["geo"] = losses.geometry(view.depth, view.weight, G.config.near, G.config.far)
     if lam["w_prior"]: parts["w_prior"] = losses.w_prior(w, G.w_avg)
     if lam["delta_prior"] and config.space == "w+" and config.stages[stage].layers: parts["delta_prior"] = losses.delta_prior(deltas)
-    for name, (weight, f) in terms.items(): lam[name], parts[name] = weight, f(planes, pose, view, target)
+    if taken := sorted(set(terms) & set(lam)): raise InputError(f"terms: expected new names, got {', '.join(taken)}")
+    for name, (weight, f) in terms.items():
+        lam[name], parts[name] = weight(p) if callable(weight) else weight, f(planes, pose, view, target)
+        check_shape(parts[name], "B", f"terms[{name!r}]", B=len(target))
     return losses.total(parts, lam), parts, lam, pose, view
 
 # %% ../nbs/12_optimiser.ipynb #c19f219b

@@ -333,7 +333,9 @@ def plotly_offline():
     "Make plotly figures show in JupyterLab and in static pages without a network (pages need plotly.min.js beside them)"
     import plotly.io as pio
     from plotly.io import base_renderers
-    pio.renderers["docs"] = base_renderers.HtmlRenderer(full_html=False, include_plotlyjs="plotly.min.js")
+    class Offline(base_renderers.MimetypeRenderer): # plotly's own renderers ask the network for MathJax
+        def to_mimebundle(self, fig_dict): return {"text/html": pio.to_html(fig_dict, include_plotlyjs="plotly.min.js", full_html=False, validate=False)}
+    pio.renderers["docs"] = Offline()
     pio.renderers.default = "plotly_mimetype+docs"
 
 # %% ../nbs/16_viewer.ipynb #b6c99a19
@@ -351,7 +353,7 @@ def loss_curves(trace:list, skip:tuple=NO_LOSS) -> dict: # name -> ([entry], [we
     return curves
 
 def _loss_axes(ax, trace, skip=NO_LOSS):
-    for k, (x, y) in loss_curves(trace, skip).items(): ax.plot(x, y, lw=1.8 if k == "total" else 1, label=k, color=HUES.get(k))
+    for k, (x, y) in loss_curves(trace, skip).items(): ax.plot(x, y, "-" if k in HUES else "--", lw=1.8 if k == "total" else 1, label=k, color=HUES.get(k)) # a loss of your own is dashed
     for i in range(1, len(trace)):
         if trace[i].get("stage") != trace[i - 1].get("stage"): ax.axvline(i, color="grey", lw=.8, ls=":")
     ax.set(xlabel="step", yscale="log", title="weight × loss" if any("weights" in t for t in trace) else "losses, before weighting")

@@ -220,7 +220,7 @@ def test_another_method_leaves_the_same_files_and_the_generator_that_it_tuned(ho
     from posefree_kit import baselines
     monkeypatch.setitem(baselines.METHODS, "pti", functools.partial(baselines.pti, tuning=baselines.Tuning(stop=0.)))
     assert invert(home, home/"a.png", out=tmp_path, extra=(*LIGHT, "--method", "pti"))[0] == 0
-    report, (t, meta) = json.loads((tmp_path/"a"/"report.json").read_text()), viewer.load_latent(tmp_path/"a"/"latent.safetensors")
+    report, (_, meta) = json.loads((tmp_path/"a"/"report.json").read_text()), viewer.load_latent(tmp_path/"a"/"latent.safetensors")
     assert report["method"] == meta["method"] == "pti" and report["generator"]["tuned"] and (tmp_path/"a"/"tuned.safetensors").exists() and report["steps"] == 2
     assert posefree("render", tmp_path/"a"/"latent.safetensors", "--out", tmp_path/"v.png", "--size", 16, "--device", "cpu")[0] == 0
     assert (load_image(tmp_path/"v.png") - load_image(tmp_path/"a"/"reconstruction.png")).abs().max() < .02

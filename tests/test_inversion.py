@@ -5,10 +5,10 @@ import torch
 from posefree_kit import losses
 from posefree_kit.camera import Pose
 from posefree_kit.checkpoints import load_generator, read_card, save_checkpoint, shipped
-from posefree_kit.core import InputError, config_from_dict, config_to_dict, sha256
+from posefree_kit.core import InputError, config_to_dict, sha256
 from posefree_kit.discriminator import Discriminator, DiscriminatorConfig
 from posefree_kit.generator import GeneratorConfig
-from posefree_kit.optimiser import DivergedError, InvertConfig, Networks, Stage, candidates, constant, invert, objective, paper, quick, ramp, with_steps
+from posefree_kit.optimiser import DivergedError, Networks, Stage, candidates, constant, invert, objective, paper, quick, ramp, with_steps
 from posefree_kit.pose import PoseFreeGenerator
 
 
@@ -45,6 +45,16 @@ def test_pose_is_always_f_of_w(G):
     assert torch.equal(inv.pose.yaw, G.pose(inv.w).yaw) and inv.deltas.abs().max() > 0
     strict = run(G, G.sample(1, seed=2)[1].rgb, dataclasses.replace(TINY, space="w"))
     assert strict.deltas.abs().max() == 0
+
+
+def test_a_further_loss_is_weighed_by_its_schedule_and_checked(G):
+    x = G.sample(2, seed=5)[1].rgb
+    front = lambda planes, pose, view, target: pose.yaw.square()
+    free, held = run(G, x), run(G, x, terms=dict(front=(ramp((0, 0.), (1, 50.)), front)))
+    assert [round(t["weights"]["front"], 3) for t in held.trace[:3]] == [0., 5., 10.] and held.trace[0]["front"].shape == (2,)
+    assert (held.pose.yaw.abs() < free.pose.yaw.abs()).all()
+    with pytest.raises(InputError, match="expected new names, got geo"): run(G, x, terms=dict(geo=(1., front)))
+    with pytest.raises(InputError, match=r"terms\['front'\]: expected shape \(B\)"): run(G, x, terms=dict(front=(1., lambda *args: front(*args).mean())))
 
 
 def test_same_seed_same_result_other_seed_other_start(G):

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import nbformat
 import pytest
-import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -158,28 +157,15 @@ def test_readme_is_the_index_and_its_links_lead_somewhere():
     targets = set(re.findall(r"^(\w+):", (ROOT/"Makefile").read_text(), re.M))
     assert {"demo", "test"} <= set(re.findall(r"make (\w+) ", text)) <= targets
 
-def test_every_chapter_is_in_the_sidebar_and_the_map():
-    names = sorted(p.relative_to(ROOT/"nbs").as_posix() for p in NOTEBOOKS)
-    assert sorted(sidebar(ROOT/"_quarto.yml")) == names
-    mapped = [n for n in names if re.match(r"\d\d_|tutorials/", n)]
+def test_every_chapter_and_tutorial_is_in_the_map():
+    mapped = [n for p in NOTEBOOKS if re.match(r"\d\d_|tutorials/", n := p.relative_to(ROOT/"nbs").as_posix())]
     assert sorted(t for t in set(links(markdown(nbformat.read(ROOT/"nbs"/"index.ipynb", 4)))) if re.match(r"\d\d_|tutorials/", t)) == mapped
 
-def sidebar(path:Path) -> list:
-    "The pages that the site lists"
-    def pages(entries): return [p for e in entries for p in ([e] if isinstance(e, str) else pages(e["contents"]))]
-    return pages(yaml.safe_load(path.read_text(encoding="utf-8"))["website"]["sidebar"]["contents"])
-
-def test_the_site_processes(tmp_path):
-    with tree_copy() as copy:
-        code = f"import sys; sys.path.insert(0, {str(copy/'tests/tools')!r}); from docs import process; from pathlib import Path; print(process(Path({str(copy)!r})))"
-        proc = Path(python(code, cwd=copy).split("\n")[-2])
-        assert (proc/"_quarto.yml").read_text() == (ROOT/"nbs"/"_quarto.yml").read_text() and (copy/"nbs"/"nbdev.yml").exists()
-        assert (proc/"plotly.min.js").exists()
-        for page in sidebar(copy/"_quarto.yml"): assert (proc/page).exists(), f"{page} is in the sidebar and not in the site"
-        for nb in proc.rglob("*.ipynb"):
-            text = markdown(nbformat.reads(re.sub(r'"execution_count": null', '"execution_count": 0', nb.read_text(encoding="utf-8")), as_version=4))
-            for target in links(text): assert (nb.parent/target).exists() or target.endswith(".html"), f"{nb.name}: {target}"
-    assert not (ROOT/"_proc").exists()
+def test_the_title_cell_holds_only_title_and_line():
+    "nbdev makes front matter of it and drops the rest"
+    for path in NOTEBOOKS:
+        first = nbformat.read(path, as_version=4).cells[0].source
+        assert re.fullmatch(r"# [^\n]+\n+> [^\n]+\n*", first), f"{path.name}: expected `# Title` and `> a line` alone in the first cell, got {first[:200]!r}"
 
 def test_no_file_names_a_machine():
     "Home folders, this clone's own path, and the paths that warnings print"

@@ -14,7 +14,7 @@ import pytest
 
 from tree import ROOT, private_jupyter
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = pytest.mark.xdist_group("lab") # one worker, one server
 PICTURES = ROOT/"out"/"browser" # the screenshots, kept as artefacts
 CELLS = ("""import json
 from posefree_kit import viewer
@@ -43,11 +43,9 @@ def until(what, condition, seconds=120):
     return got
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory):
+def lab(chromium, tmp_path_factory): # without Chromium no server is started
     "A JupyterLab of its own: folder, address"
     pytest.importorskip("jupyterlab", reason="JupyterLab is not installed")
-    pytest.importorskip("playwright", reason="playwright is not installed")
-    if not CHROMIUM: pytest.skip("no Chromium on the PATH: make test-browser installs it on Debian")
     home = tmp_path_factory.mktemp("lab")
     before = dict(os.environ)
     private_jupyter(home/"jupyter")
@@ -76,17 +74,14 @@ def lab(tmp_path_factory):
         log.close(); os.environ.clear(); os.environ.update(before)
 
 @pytest.fixture
-def page(lab):
-    from playwright.sync_api import sync_playwright
+def page(chromium, lab):
     PICTURES.mkdir(parents=True, exist_ok=True)
-    with sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = browser.new_page(viewport=dict(width=1500, height=1250))
-        page.set_default_timeout(300_000)
-        page.goto(lab[1])
-        page.get_by_text("Python 3 (ipykernel) | Idle").wait_for()
-        yield page
-        page.screenshot(path=PICTURES/"end.png"); browser.close()
+    page = chromium.new_page(viewport=dict(width=1500, height=1250))
+    page.set_default_timeout(300_000)
+    page.goto(lab[1])
+    page.get_by_text("Python 3 (ipykernel) | Idle").wait_for()
+    yield page
+    page.screenshot(path=PICTURES/"end.png")
 
 def trace(work) -> list: return [json.loads(line) for line in (work/"trace.jsonl").read_text().splitlines()] if (work/"trace.jsonl").exists() else []
 
