@@ -387,7 +387,7 @@ def train(
     there = (Path(out)/STATE).exists()
     if there and not resume: raise InputError(f"expected a new folder, got {str(out)!r} with a run in it: --resume goes on")
     if resume and not there: raise InputError(f"expected a run to go on with, got {str(out)!r} without {STATE}: leave --resume out to begin one")
-    where, config = resolve_device(device), TrainConfig(batch=batch, seed=seed, r1_gamma=.2 * (size / 32) ** 2 * (32 / max(batch, 1)))
+    where, config = resolve_device(device), TrainConfig(batch=batch, seed=seed, r1_gamma=.05 * (size / 32) ** 2)
     start = grown(grow_from, size, config, where) if grow_from and not resume else None
     size = start.G.resolution if start else load_state(Path(out)/STATE).G.resolution if resume else size
     g, d = (None, None) if resume or start else architecture(size)
@@ -412,7 +412,7 @@ def grown(run, size:int, config, device): # -> TrainState
     small = load_state(path, device)
     if 2 * small.G.resolution > 128: raise InputError(f"expected a run of at most 64 pixels to grow, got {small.G.resolution}")
     extra = {32: (32, 24), 64: (24, 16), 128: (16, 12)}[2 * small.G.resolution]
-    gamma = .2 * (small.G.resolution / 16) ** 2 * (32 / config.batch)
+    gamma = .05 * (small.G.resolution / 16) ** 2
     return grow(small, *extra, dataclasses.replace(config, fade_kimg=4., blur_kimg=0., condition_kimg=(0., 0.), r1_gamma=gamma, g_rate=.002, d_rate=.0014))
 
 def training_images(folder, n:int, size:int, device, progress:bool, plain:bool=False): # -> UnposedImages

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['GLOSSARY', 'MAX_SIDE', 'MAX_PIXELS', 'MANY_PIXELS', 'FORMATS', 'InputError', 'DivergedError', 'expect_fail',
            'check_shape', 'resolve_device', 'rng', 'seed_everything', 'image_to_tensor', 'tensor_to_image',
-           'load_image', 'readable', 'resize', 'image_grid', 'whole_file', 'finish_steps', 'memory_advice',
-           'save_image', 'save_json', 'sha256', 'config_to_dict', 'config_hash', 'config_from_dict', 'check_range',
-           'parse_json', 'read_json', 'tensor_digest', 'tensor_bytes', 'save_tensors', 'open_tensors', 'load_tensors',
-           'read_network', 'save_values', 'load_values', 'read_torch']
+           'load_image', 'readable', 'resize', 'image_grid', 'sha256', 'whole_file', 'finish_steps', 'memory_advice',
+           'save_image', 'save_json', 'config_to_dict', 'config_hash', 'config_from_dict', 'check_range', 'parse_json',
+           'read_json', 'tensor_digest', 'tensor_bytes', 'save_tensors', 'open_tensors', 'load_tensors', 'read_network',
+           'save_values', 'load_values', 'read_torch']
 
 # %% ../nbs/00_core.ipynb #09285743
 import contextlib, dataclasses, glob, hashlib, io, json, math, os, platform, random, signal, threading, types, typing, warnings, zipfile
@@ -185,6 +185,11 @@ def image_grid(
     return out.unflatten(0, (rows, columns)).permute(2, 0, 3, 1, 4).reshape(1, c, rows * (h + pad), columns * (w + pad))[..., :-pad or None, :-pad or None]
 
 # %% ../nbs/00_core.ipynb #7e32d67c
+def sha256(data) -> str: # data: a path, or bytes
+    "The SHA-256 of a file or of bytes, as hex"
+    if isinstance(data, bytes): return hashlib.sha256(data).hexdigest()
+    with open(data, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
+
 @contextlib.contextmanager
 def whole_file(
     path, # where the file shall be
@@ -239,11 +244,6 @@ def save_json(obj, path):
     with whole_file(path) as tmp: Path(tmp).write_text(json.dumps(obj, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 # %% ../nbs/00_core.ipynb #9c5781b7
-def sha256(data) -> str: # data: a path, or bytes
-    "The SHA-256 of a file or of bytes, as hex"
-    if isinstance(data, bytes): return hashlib.sha256(data).hexdigest()
-    with open(data, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
-
 def config_to_dict(config) -> dict: # config: a dataclass, nested ones included
     "A configuration as plain JSON values"
     return json.loads(json.dumps(dataclasses.asdict(config)))
@@ -290,7 +290,7 @@ def read_json(path, most:int=64_000_000) -> dict: # most: bytes
     "The object in a JSON file; anything else is an `InputError`"
     path = Path(path)
     try: size, value = path.stat().st_size, None if path.stat().st_size > most else parse_json(path.read_bytes(), repr(str(path)))
-    except OSError as e: raise InputError(f"expected a JSON file, got {str(path)!r}: {e.strerror or e}") from e
+    except OSError as e: raise InputError(f"expected JSON in {str(path)!r}, got: {e.strerror or e}") from e
     if size > most: raise InputError(f"{str(path)!r}: expected at most {most:,} bytes of JSON, got {size:,}")
     if not isinstance(value, dict): raise InputError(f"{str(path)!r}: expected a JSON object, got {type(value).__name__}")
     return value

@@ -213,14 +213,14 @@ def test_render(home, tmp_path):
     error(render(latent, "--out", tmp_path/"v.png", "--size", 4), "expected a size")
     error(render(latent, "--out", tmp_path/"v.png", "--yaw-deg", 400), "within 89 degrees")
     error(render(tmp_path/"none.safetensors", "--out", tmp_path/"v.png"), "no such file")
-    error(render(home/"small.safetensors", "--out", tmp_path/"v.png"), "expected a file of format")
-    (tmp_path/"cut.safetensors").write_bytes(latent.read_bytes()[:300]); error(render(tmp_path/"cut.safetensors", "--out", tmp_path/"v.png"), "expected a whole latent")
+    error(render(home/"small.safetensors", "--out", tmp_path/"v.png"), "expected format")
+    (tmp_path/"cut.safetensors").write_bytes(latent.read_bytes()[:300]); error(render(tmp_path/"cut.safetensors", "--out", tmp_path/"v.png"), "expected a whole .safetensors")
 
 def test_another_method_leaves_the_same_files_and_the_generator_that_it_tuned(home, tmp_path, monkeypatch):
     from posefree_kit import baselines
     monkeypatch.setitem(baselines.METHODS, "pti", functools.partial(baselines.pti, tuning=baselines.Tuning(stop=0.)))
     assert invert(home, home/"a.png", out=tmp_path, extra=(*LIGHT, "--method", "pti"))[0] == 0
-    report, (t, meta) = json.loads((tmp_path/"a"/"report.json").read_text()), viewer.load_latent(tmp_path/"a"/"latent.safetensors")
+    report, (_, meta) = json.loads((tmp_path/"a"/"report.json").read_text()), viewer.load_latent(tmp_path/"a"/"latent.safetensors")
     assert report["method"] == meta["method"] == "pti" and report["generator"]["tuned"] and (tmp_path/"a"/"tuned.safetensors").exists() and report["steps"] == 2
     assert posefree("render", tmp_path/"a"/"latent.safetensors", "--out", tmp_path/"v.png", "--size", 16, "--device", "cpu")[0] == 0
     assert (load_image(tmp_path/"v.png") - load_image(tmp_path/"a"/"reconstruction.png")).abs().max() < .02

@@ -1,5 +1,5 @@
 "Files, shapes, seeds, configuration: what must hold for any input."
-import dataclasses, io
+import dataclasses
 import numpy as np
 import pytest
 import torch

@@ -5,10 +5,10 @@ import torch
 from posefree_kit import losses
 from posefree_kit.camera import Pose
 from posefree_kit.checkpoints import load_generator, read_card, save_checkpoint, shipped
-from posefree_kit.core import InputError, config_from_dict, config_to_dict, sha256
+from posefree_kit.core import InputError, config_to_dict, sha256
 from posefree_kit.discriminator import Discriminator, DiscriminatorConfig
 from posefree_kit.generator import GeneratorConfig
-from posefree_kit.optimiser import DivergedError, InvertConfig, Networks, Stage, candidates, constant, invert, objective, paper, quick, ramp, with_steps
+from posefree_kit.optimiser import DivergedError, Networks, Stage, candidates, constant, invert, objective, paper, quick, ramp, with_steps
 from posefree_kit.pose import PoseFreeGenerator
 
 

@@ -1,5 +1,5 @@
 "The portrait simulator: signs, exact truth, independence of the batch, refusals"
-import json, math
+import json
 import pytest, torch
 import torch.nn.functional as F
 from posefree_kit.camera import Pose, cam2world, intrinsics, project, unproject

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from chapters import skipped
 from readme import readme
@@ -83,6 +85,16 @@ def test_version_is_one():
     version = cfg["DEFAULT"]["version"]
     assert f'__version__ = "{version}"' in (ROOT/"posefree_kit"/"__init__.py").read_text()
     assert f"## {version}" in (ROOT/"CHANGELOG.md").read_text()
+
+def test_the_lock_pins_what_the_requirements_allow():
+    "requirements-lock.txt: one version of everything, each within settings.ini, and no host to get it from"
+    cfg = configparser.ConfigParser(delimiters=["="])
+    cfg.read(ROOT/"settings.ini", encoding="utf-8")
+    lines = [line for line in (ROOT/"requirements-lock.txt").read_text().splitlines() if not line.startswith("#")]
+    pins = dict(line.split("==") for line in lines)
+    assert len(pins) == len(lines) and all(re.fullmatch(r"[a-z0-9-]+==[0-9][\w.]*", line) for line in lines)
+    for r in (Requirement(x) for k in ("requirements", "notebooks_requirements", "dev_requirements") for x in cfg["DEFAULT"][k].split()):
+        assert r.specifier.contains(pins[canonicalize_name(r.name)]), r
 
 def test_glossary_names_are_the_names_in_the_code():
     from posefree_kit.core import GLOSSARY
