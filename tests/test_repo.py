@@ -161,6 +161,12 @@ def test_every_chapter_and_tutorial_is_in_the_map():
     mapped = [n for p in NOTEBOOKS if re.match(r"\d\d_|tutorials/", n := p.relative_to(ROOT/"nbs").as_posix())]
     assert sorted(t for t in set(links(markdown(nbformat.read(ROOT/"nbs"/"index.ipynb", 4)))) if re.match(r"\d\d_|tutorials/", t)) == mapped
 
+def test_lab_opens_a_notebook_with_the_kernel_of_the_environment():
+    recipe = (ROOT/"Makefile").read_text(encoding="utf-8").split("\nlab:")[1].split("\n\n")[0]
+    there = ROOT/re.search(r"default_url=/lab/tree/(\S+)", recipe)[1]
+    assert there in NOTEBOOKS and "JUPYTER_PREFER_ENV_PATH=1" in recipe
+    assert nbformat.read(there, as_version=4).metadata.kernelspec.name == "python3"
+
 def test_the_title_cell_holds_only_title_and_line():
     "nbdev makes front matter of it and drops the rest"
     for path in NOTEBOOKS:

@@ -54,6 +54,7 @@ def lab(chromium, tmp_path_factory): # without Chromium no server is started
     quiet.mkdir(parents=True); (quiet/"notification.jupyterlab-settings").write_text('{"fetchNews": "false", "checkForUpdates": false}')
     work = home/"work"; work.mkdir()
     shutil.copy(ROOT/"data"/"portrait_10000002.png", work/"face.png")
+    shutil.copy(ROOT/"nbs"/"tutorials"/"quick_tour.ipynb", work)
     nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in CELLS], metadata=dict(kernelspec=dict(name="python3", display_name="Python 3 (ipykernel)", language="python")))
     nbformat.write(nb, work/"cockpit.ipynb")
     port, token = free_port(), "posefree"
@@ -118,6 +119,13 @@ def test_the_cockpit_is_driven_by_hand(lab, page):
     assert changes and report["steps"] == rest and told[changes[0]["step"] - 1]["geo"] < .03 and told[-1]["geo"] == changes[-1]["value"]
     press("undo"); page.get_by_text(re.compile(rf"paused: step (?!{rest} )\d+ of")).wait_for()
     press("start"); page.get_by_text(re.compile(r"running: step")).wait_for(); press("pause")
+
+def test_the_quick_tour_opens(lab, page):
+    page.goto(lab[1].replace("cockpit.ipynb", "quick_tour.ipynb"))
+    page.get_by_role("heading", name="Quick tour").first.wait_for()
+    page.get_by_text("Python 3 (ipykernel) | Idle").wait_for()                                 # no question which kernel
+    assert not page.locator(".jp-Dialog").count()
+    page.screenshot(path=PICTURES/"5-quick-tour.png")
 
 def test_the_depth_view_turns(lab, page):
     page.get_by_role("menuitem", name="Run", exact=True).click(); page.get_by_text("Run All Cells", exact=True).click()
