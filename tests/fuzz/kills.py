@@ -6,6 +6,7 @@ Half of the kills come at a random time, half in the middle of a random write or
 """
 import argparse
 import errno
+import functools
 import json
 import os
 import random
@@ -28,6 +29,7 @@ from posefree_kit.optimiser import Stage, quick
 from posefree_kit.training import TrainConfig, UnposedImages, fit
 
 torch.set_num_threads(1)
+print = functools.partial(print, flush=True)
 short = lambda **changes: quick(**{**dict(candidates=8, starts=2, start_steps=1, stages=(Stage(1, 2, .02, False), Stage(2, 1, .01, True))), **changes})
 optimiser.PRESETS["quick"] = short
 
