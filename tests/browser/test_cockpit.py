@@ -107,7 +107,7 @@ def test_the_cockpit_is_driven_by_hand(lab, page):
     press("pause")
     page.get_by_text(re.compile(r"paused: step \d+ of 2000")).wait_for()
     rest = len(trace(work)); time.sleep(1.5); assert len(trace(work)) == rest                   # it stands still
-    assert page.locator(".js-plotly-plot").first.evaluate("e => e.data.find(t => t.name == 'total').x.length") == rest
+    page.wait_for_function("n => document.querySelector('.js-plotly-plot')?.data?.find(t => t.name == 'total')?.x.length == n", arg=rest) # the chart catches up
     press("save")
     until("saved files", lambda: (work/"saved"/"report.json").exists(), 300)
     page.get_by_text("saved: saved").wait_for()
