@@ -12,7 +12,7 @@ __all__ = ['app', 'SPLIT', 'say', 'out_of', 'command', 'complete', 'Job', 'writa
 import errno, functools, json, math, os, sys, tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 import typer
 
 # %% ../nbs/18_cli.ipynb #8178d45f
@@ -25,7 +25,7 @@ def say(text:str, err:bool=False): # errors and notes: one line each, to stderr;
 
 def out_of(kwargs:dict) -> str: return f"could not write {str(kwargs['out'])!r}" if kwargs.get("out") else "input or output"
 
-def command(f):
+def command(f): # a typed function; the same comes back
     "Add a typed function as a command; in a shell, bad input is one line and exit code 2. The function itself stays as it is"
     @functools.wraps(f)
     def run(*args, **kwargs):
@@ -54,15 +54,15 @@ def complete(path) -> Optional[dict]: # the report, or None
 @dataclass
 class Job:
     "What all images of a call share"
-    generator:object
-    config:object # InvertConfig
-    psi:object # networks of the loss
-    phi:object
-    judge:object # identity network for the report; None: none for this domain
-    lpips:object # LPIPS-Alex for the report; None: its weights are not on this machine
+    generator:Any
+    config:Any # InvertConfig
+    psi:Any # networks of the loss
+    phi:Any
+    judge:Any # identity network for the report; None: none for this domain
+    lpips:Any # LPIPS-Alex for the report; None: its weights are not on this machine
     out:Path
     method:str = "latent" # a name in `baselines.METHODS`
-    encoder:object = None # LatentEncoder, for the methods that begin with one
+    encoder:Any = None # LatentEncoder, for the methods that begin with one
     align:bool = False
     background:str = "keep"
     resume:bool = False
@@ -70,10 +70,10 @@ class Job:
     mesh:bool = True
     video:bool = True
     progress:bool = True
-    framing:object = None # how crops are framed; None: as our camera sees heads
+    framing:Any = None # how crops are framed; None: as our camera sees heads
     taken:dict = field(default_factory=dict) # result folder -> the image that it belongs to
 
-def writable(out) -> Path:
+def writable(out:Path) -> Path:
     "A folder that exists and takes files"
     from posefree_kit.core import InputError
     try:
@@ -82,7 +82,7 @@ def writable(out) -> Path:
     except OSError as e: raise InputError(f"expected a folder that can be written, got {str(out)!r}: {e.strerror or e}") from e
     return Path(out)
 
-def inversion_config(domain:str, preset:str, space:str, seed:int, steps:Optional[int], perceptual:Optional[str], identity:Optional[str]):
+def inversion_config(domain:str, preset:str, space:str, seed:int, steps:Optional[int], perceptual:Optional[str], identity:Optional[str]): # InvertConfig
     "The preset with the changes that the options ask for"
     from posefree_kit.core import InputError
     from posefree_kit.features import default_identity, default_perceptual

@@ -88,7 +88,8 @@ def end_weights(weights:Tensor) -> Tensor: # (..., S-1) -> (..., S)
 def composite_passes(ends:Tensor, values:list, order:Tensor|None=None) -> Tensor: # (B, N, S); (B, N, s, C) of each pass; (B, N, S) -> (B, N, C)
     "Composite passes that are not sorted together: their weights go back to where the values lie (one number moves instead of C)"
     if order is not None: ends = torch.empty_like(ends).scatter(-1, order, ends)
-    return sum(composite(w, v) for w, v in zip(ends.split([v.shape[-2] for v in values], -1), values))
+    passes = [composite(w, v) for w, v in zip(ends.split([v.shape[-2] for v in values], -1), values)]
+    return sum(passes[1:], passes[0])
 
 def march(
     raw:Tensor, # (B, N, S) raw densities in the order of depths

@@ -19,11 +19,11 @@ from torch import Tensor
 from .camera import Pose
 from .core import DivergedError, InputError, check_range, check_shape, config_from_dict, config_to_dict, finish_steps, image_grid, load_image, load_values, memory_advice, parse_json, read_torch, resize, resolve_device, rng, save_image, save_values, whole_file
 from .discriminator import Discriminator, DiscriminatorConfig, grow_discriminator
-from .generator import GeneratorConfig, View
+from .generator import GeneratorConfig, Planes, View
 from .pose import PoseFreeGenerator
 
 # %% ../nbs/08_training.ipynb #c43b14f8
-PLAIN = dict(hair="short", hat=None, glasses=None, beard=None, mark=None, text=None, light=(.3, .5)) # an easier set to begin with
+PLAIN:dict = dict(hair="short", hat=None, glasses=None, beard=None, mark=None, text=None, light=(.3, .5)) # an easier set to begin with
 
 class UnposedImages:
     "A set of square images and nothing else: no pose, mask, depth or name has a place here"
@@ -137,7 +137,7 @@ class TrainConfig:
         check_range(self, 1, 1 << 20, "batch", "r1_every", "density_every")
 
 # %% ../nbs/08_training.ipynb #d57f9b68
-def has_bf16(device) -> bool:
+def has_bf16(device:torch.device|str) -> bool:
     "Does this device multiply bfloat16 faster than float32? A CPU without such instructions imitates them, at a tenth of the speed"
     if torch.device(device).type == "cuda": return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.device(device).type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
@@ -171,7 +171,7 @@ def new_state(generator:GeneratorConfig, discriminator:DiscriminatorConfig, conf
         G, D = PoseFreeGenerator(generator).start(config.seed), Discriminator(discriminator)
     return make_state(G.to(device), D.to(device), config)
 
-def make_state(G, D, config) -> TrainState:
+def make_state(G:PoseFreeGenerator, D:Discriminator, config:TrainConfig) -> TrainState:
     "A state around given networks, with fresh optimisers"
     ema = copy.deepcopy(G).requires_grad_(False)
     return TrainState(G, D, ema, _adam(G.parameters(), config.g_rate, config.density_every), _adam(D.parameters(), config.d_rate, config.r1_every), config)
@@ -238,7 +238,7 @@ def g_step(s:TrainState, fakes:Fakes, real:Tensor, sigma:float, generator:torch.
     s.D.requires_grad_(True)
     return {k: float(v.detach()) for k, v in parts.items()}
 
-def density_loss(G, planes, generator:torch.Generator, points:int=500) -> Tensor:
+def density_loss(G:PoseFreeGenerator, planes:Planes, generator:torch.Generator, points:int=500) -> Tensor:
     "Mean absolute difference of density between points 0.4 % of the box apart (EG3D's regulariser)"
     c, b = G.config, len(planes.w_last)
     x = (torch.rand(b, points, 3, generator=generator) - .5) * c.box
@@ -250,7 +250,7 @@ def wall_loss(view:View, radius:float, behind:float=.1) -> Tensor: # View of (B,
     "Optical depth of rays that stop more than `behind` past the head's centre: a background painted on a solid wall turns with the head; it belongs to the background network (ours)"
     return (-torch.log1p(-.999 * view.weight) * (view.depth > radius + behind)).mean()
 
-def symmetry_loss(G, planes, generator:torch.Generator, size:int=32, scale:float=.05) -> Tensor: # planes of (B, ...) -> scalar in [0, 1]
+def symmetry_loss(G:PoseFreeGenerator, planes:Planes, generator:torch.Generator, size:int=32, scale:float=.05) -> Tensor: # planes of (B, ...) -> scalar in [0, 1]
     "How unlike depth from pose 0 is to its mirror image between brows, cheeks and mouth, where both halves are covered; differences far over `scale` (a strand before the face) no longer count (ours)"
     view = G.render(planes, Pose.deg([0.] * len(planes.w_last)), size=size, jitter=1., generator=generator)
     across, down = slice(round(.34 * size), size - round(.34 * size)), slice(round(.4 * size), round(.72 * size)) # where portraits have their faces
@@ -293,12 +293,12 @@ def train_step(s:TrainState, images:UnposedImages, easy:UnposedImages|None=None)
 # %% ../nbs/08_training.ipynb #63403df3
 STATE = "run.state" # its name in the folder of a run
 
-def save_state(s:TrainState, path):
+def save_state(s:TrainState, path:Path|str):
     "The whole run as one file of tensors and plain values, with its SHA-256"
     save_values(dict(G=s.G.state_dict(), D=s.D.state_dict(), ema=s.ema.state_dict(), opt_g=s.opt_g.state_dict(), opt_d=s.opt_d.state_dict(), seen=s.seen, growing=s.D.old_rgb is not None, trouble=s.trouble,
                      generator=config_to_dict(s.G.config), discriminator=config_to_dict(s.D.config), config=config_to_dict(s.config)), path)
 
-def load_state(path, device="cpu") -> TrainState:
+def load_state(path:Path|str, device="cpu") -> TrainState:
     "Read a run back; a file that is damaged, or holds anything else, is an `InputError`"
     d = read_torch(path, Path(path).name) if zipfile.is_zipfile(path) else load_values(path, device) # early states are in torch's own format
     try:
@@ -384,7 +384,7 @@ def sound(s:TrainState) -> bool:
     "Is every weight a number?"
     return all(bool(p.isfinite().all()) for net in (s.G, s.D, s.ema) for p in net.state_dict().values())
 
-def step_back(why, path, device) -> TrainState:
+def step_back(why:Exception, path:Path, device:torch.device) -> TrainState:
     "The last state that was saved, with half the rates; the second time, a `DivergedError` that carries it"
     s = load_state(path, device)
     if s.trouble: raise DivergedError(f"{s.trouble}; at half the rate, {why}: stopped; the last good state is of {s.kimg:.3f} kimg", s)
@@ -408,7 +408,7 @@ def grow(small:TrainState, g_channels:int, d_channels:int, config:TrainConfig) -
     missing = G.load_state_dict(small.ema.state_dict(), strict=False)
     new = f"synthesis.blocks.{len(c.channels)}."
     if missing.unexpected_keys or not all(k.startswith(new) for k in missing.missing_keys): raise InputError(f"grow: weights do not fit: {missing}")
-    with torch.no_grad(): G.synthesis.blocks[-1].to_image.weight.mul_(.02)
+    with torch.no_grad(): G.get_parameter(f"{new}to_image.weight").mul_(.02)
     return make_state(G, D, config)
 
 # %% ../nbs/08_training.ipynb #c1e890e5
