@@ -372,30 +372,35 @@ def train(
     grow_from:Annotated[Optional[Path], typer.Option(help="A finished run of half the size to start from.", show_default=False)]=None,
     resume:Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")]=False,
     watch:Annotated[bool, typer.Option("--watch", help="At each save, log how well the pose head reads 512 held-out portraits; nothing of it reaches training.")]=False,
-    batch:Annotated[int, typer.Option(help="Images a step.")]=32,
+    batch:Annotated[int, typer.Option(help="Images a step, over all processes.")]=32,
     seed:Annotated[int, typer.Option(help="Of everything that is drawn.")]=0,
     device:Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]="auto",
     compiled:Annotated[bool, typer.Option("--compiled", help="Render by the compiled march: several times as fast on a CPU; needs a C++ compiler.")]=False,
     progress:Annotated[bool, typer.Option(help="Show a progress bar.")]=True,
 ): # the TrainState
-    "Train a pose-free generator on unposed images."
+    """Train a pose-free generator on unposed images.
+
+    In several processes: `accelerate launch --multi_gpu --num_processes 2 -m posefree_kit.cli train ...` (needs posefree_kit[scale]; with --device cpu, on CPUs). Each takes its share of --batch, and one of them writes."""
     from posefree_kit.core import DivergedError, InputError, config_to_dict, resolve_device
     from posefree_kit.checkpoints import save_checkpoint
-    from posefree_kit.training import STATE, TrainConfig, fit, load_state, watch_poses
+    from posefree_kit.training import STATE, Processes, TrainConfig, fit, load_state, watch_poses
     budget = [f"--{k} {v:g}" for k, v in dict(minutes=minutes, kimg=kimg).items() if v is not None and not v > 0]
     if budget or (minutes is None and kimg is None): raise InputError(f"expected a budget above 0, --minutes or --kimg (or both), got {budget[0] if budget else 'none'}")
-    there = (Path(out)/STATE).exists()
+    share = Processes.launched(device)
+    there = share.any((Path(out)/STATE).exists())
     if there and not resume: raise InputError(f"expected a new folder, got {str(out)!r} with a run in it: --resume goes on")
     if resume and not there: raise InputError(f"expected a run to go on with, got {str(out)!r} without {STATE}: leave --resume out to begin one")
     where, config = resolve_device(device), TrainConfig(batch=batch, seed=seed, r1_gamma=.05 * (size / 32) ** 2)
     start = grown(grow_from, size, config, where) if grow_from and not resume else None
     size = start.G.resolution if start else load_state(Path(out)/STATE).G.resolution if resume else size
     g, d = (None, None) if resume or start else architecture(size)
+    progress = progress and share.main
     pictures = training_images(images, n, size, where, progress)
     easy = training_images(None, plain, size, where, progress, plain=True) if plain else None
     diverged = None
     try: s = fit(pictures, writable(out), **(dict(generator=g, discriminator=d) if g else {}), config=start.config if start else config, minutes=minutes, kimg=kimg, resume=resume, start=start, device=where, easy=easy, compiled=compiled, watch=watch_poses(size) if watch else None, progress=progress)
     except DivergedError as e: s, diverged = e.state, e # what there is becomes a generator all the same
+    if not share.main: return s # one process writes
     card = dict(made_with="posefree train", kimg=round(s.kimg, 3), data=str(images.name) if images else f"{n} simulated portraits, seeds 0 to {n - 1}", images=len(pictures), plain_images=plain, seed=s.config.seed, device=str(where), training=config_to_dict(s.config))
     path = save_checkpoint(Path(out)/"generator.safetensors", s.ema, s.D, card)
     say(f"{s.kimg:.1f} kimg; {path}")
@@ -529,3 +534,5 @@ def _networks() -> list: # borrowed ones: used only when asked for, so missing i
 def _try(what, f, otherwise):
     try: return what, f(), "ok"
     except Exception as e: return what, " ".join(str(e).split()).replace(str(Path.home()), "~").removeprefix(f"{what}: ")[:160], otherwise
+
+if __name__ == "__main__" and __spec__: app() # python -m posefree_kit.cli, which is what `accelerate launch -m` begins

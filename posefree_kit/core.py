@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['GLOSSARY', 'MAX_SIDE', 'MAX_PIXELS', 'MANY_PIXELS', 'FORMATS', 'Net', 'InputError', 'DivergedError', 'expect_fail',
-           'check_shape', 'resolve_device', 'rng', 'seed_everything', 'image_to_tensor', 'tensor_to_image',
-           'load_image', 'readable', 'resize', 'image_grid', 'sha256', 'whole_file', 'finish_steps', 'memory_advice',
-           'save_image', 'save_json', 'config_to_dict', 'config_hash', 'config_from_dict', 'check_range', 'parse_json',
-           'read_json', 'tensor_digest', 'tensor_bytes', 'save_tensors', 'open_tensors', 'load_tensors', 'read_network',
-           'save_values', 'load_values', 'read_torch']
+           'check_shape', 'resolve_device', 'rng', 'Part', 'batch_rand', 'seed_everything', 'image_to_tensor',
+           'tensor_to_image', 'load_image', 'readable', 'resize', 'image_grid', 'sha256', 'whole_file', 'finish_steps',
+           'memory_advice', 'save_image', 'save_json', 'config_to_dict', 'config_hash', 'config_from_dict',
+           'check_range', 'parse_json', 'read_json', 'tensor_digest', 'tensor_bytes', 'save_tensors', 'open_tensors',
+           'load_tensors', 'read_network', 'save_values', 'load_values', 'read_torch']
 
 # %% ../nbs/00_core.ipynb #09285743
 import contextlib, dataclasses, glob, hashlib, io, json, math, os, platform, random, signal, threading, types, typing, warnings, zipfile
@@ -102,6 +102,26 @@ def rng(
 ) -> torch.Generator:
     "A seeded random stream of its own"
     return torch.Generator(device=device).manual_seed(int(seed))
+
+class Part(typing.NamedTuple):
+    "Some rows of a batch that several processes share, and the stream of the whole batch's random numbers"
+    stream:torch.Generator
+    whole:int # rows in all
+    rows:Tensor # which are ours, (B,) rising
+
+def batch_rand(
+    shape:tuple, # numbers to draw, batch at `dim`
+    generator, # a torch.Generator, a `Part`, or None
+    dim:int=0, # where the batch is
+    device=None, dtype=None, # of the result
+    draw=torch.rand, # or torch.randn
+) -> Tensor:
+    "Random numbers for a batch. From a `Part`: the whole batch's are drawn and its rows kept, so that no number depends on how many processes there are"
+    part = generator if isinstance(generator, Part) else None
+    stream = part.stream if part else generator
+    if part: shape = (*shape[:dim], part.whole, *shape[dim + 1:])
+    x = draw(shape, generator=stream, dtype=dtype, device=stream.device if stream else device).to(device)
+    return x.index_select(dim, part.rows.to(x.device)) if part else x
 
 def seed_everything(seed:int): # for scripts that use global randomness (Python, NumPy, torch)
     "Seed the global streams of Python, NumPy and torch; the kit itself uses `rng`"
