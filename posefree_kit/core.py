@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GLOSSARY', 'MAX_SIDE', 'MAX_PIXELS', 'MANY_PIXELS', 'FORMATS', 'Net', 'InputError', 'DivergedError', 'expect_fail',
-           'check_shape', 'resolve_device', 'rng', 'Part', 'batch_rand', 'seed_everything', 'image_to_tensor',
+           'check_shape', 'resolve_device', 'rng', 'seed_everything', 'Part', 'batch_rand', 'image_to_tensor',
            'tensor_to_image', 'load_image', 'readable', 'resize', 'image_grid', 'sha256', 'whole_file', 'finish_steps',
            'memory_advice', 'save_image', 'save_json', 'config_to_dict', 'config_hash', 'config_from_dict',
            'check_range', 'parse_json', 'read_json', 'tensor_digest', 'tensor_bytes', 'save_tensors', 'open_tensors',
@@ -103,6 +103,11 @@ def rng(
     "A seeded random stream of its own"
     return torch.Generator(device=device).manual_seed(int(seed))
 
+def seed_everything(seed:int): # for scripts that use global randomness (Python, NumPy, torch)
+    "Seed the global streams of Python, NumPy and torch; the kit itself uses `rng`"
+    random.seed(seed); np.random.seed(seed % 2**32); torch.manual_seed(seed)
+
+# %% ../nbs/00_core.ipynb #5e0c1c02
 class Part(typing.NamedTuple):
     "Some rows of a batch that several processes share, and the stream of the whole batch's random numbers"
     stream:torch.Generator
@@ -122,10 +127,6 @@ def batch_rand(
     if part: shape = (*shape[:dim], part.whole, *shape[dim + 1:])
     x = draw(shape, generator=stream, dtype=dtype, device=stream.device if stream else device).to(device)
     return x.index_select(dim, part.rows.to(x.device)) if part else x
-
-def seed_everything(seed:int): # for scripts that use global randomness (Python, NumPy, torch)
-    "Seed the global streams of Python, NumPy and torch; the kit itself uses `rng`"
-    random.seed(seed); np.random.seed(seed % 2**32); torch.manual_seed(seed)
 
 # %% ../nbs/00_core.ipynb #afdd7140
 MAX_SIDE, MAX_PIXELS = 16384, 64_000_000 # limits on an image file, checked before decoding
