@@ -402,7 +402,7 @@ def train(
     except DivergedError as e: s, diverged = e.state, e # what there is becomes a generator all the same
     if not share.main: return s # one process writes
     card = dict(made_with="posefree train", kimg=round(s.kimg, 3), data=str(images.name) if images else f"{n} simulated portraits, seeds 0 to {n - 1}", images=len(pictures), plain_images=plain, seed=s.config.seed, device=str(where), training=config_to_dict(s.config))
-    path = save_checkpoint(Path(out)/"generator.safetensors", s.ema, s.D, card)
+    path = save_checkpoint(Path(out)/"generator.safetensors", s.ema, s.d_ema, card)
     say(f"{s.kimg:.1f} kimg; {path}")
     if diverged: raise diverged
     return s

@@ -69,6 +69,7 @@ class Discriminator(nn.Module):
     def forward(self,
         image:Tensor, # (B, 3, R, R) in [-1, 1]
         pose:Pose|None=None, # the pose to judge with; None: what the head reads off the image itself, `calibrated` (real images)
+        own:Tensor|None=None, # (B,) bool: these are judged with what the head reads even so
     ) -> Judgement:
         "Score pairs and read poses; no gradient flows from the score to the pose"
         check_shape(image, "B 3 R R", "image", R=self.config.resolution)
@@ -79,7 +80,9 @@ class Discriminator(nn.Module):
             features = self.features(self.last(group_std(x, self.config.group)).flatten(1))
             score = self.real(features)[:, 0]
             if self.embed_pose is not None:
-                e = self.embed_pose((self.calibrated(head) if pose is None else pose.stack() / self.unit).detach())
+                at = read = self.calibrated(head)
+                if pose is not None: at = pose.stack() / self.unit if own is None else torch.where(own[:, None], read, pose.stack() / self.unit)
+                e = self.embed_pose(at.detach())
                 score = score + self.condition * (features * F.normalize(e, dim=-1)).sum(-1) / self.config.feature_dim ** .5
         return Judgement(score, Pose.of(head * self.unit))
 

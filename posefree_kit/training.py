@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from .camera import Pose
+from .camera import Pose, mirror
 from .core import DivergedError, InputError, Part, batch_rand, check_range, check_shape, config_from_dict, config_to_dict, finish_steps, image_grid, load_image, load_values, memory_advice, parse_json, read_torch, resize, resolve_device, rng, save_image, save_values, whole_file
 from .discriminator import Discriminator, DiscriminatorConfig, grow_discriminator
 from .generator import GeneratorConfig, Planes, View
@@ -117,6 +117,8 @@ class TrainConfig:
     easy_kimg:tuple = (35., 65.) # where easy pictures are given: thousands of images until which all are easy, and from which none is
     hold_kimg:float = 1000. # thousands of images for which the pose learner keeps its starting spread: left free early, it shrinks, since unfinished heads look better from the front
     pose_weight:float = 2. # weight of the pose head's error on generated images
+    read_share:float = .5 # share of generated images that are judged at the pose that is read off them, as real ones are (PoF3D: all); else at the pose they were rendered from
+    mirror_weight:float = .5 # weight of the wish that a mirrored real image is read as the mirrored pose (ours)
     calibrate:float = .02 # share of each step in the running mean and spread of readings of real images, which are moved and scaled to those of generated poses; 0: left as they are
     relight:float = 1. # the pose head learns from generated images under a random lamp of this strength (0: as they are), so that it does not take the light for the pose
     flip_share:float = 0.5 # share of a fake batch rendered with yaw or pitch negated, same planes
@@ -130,12 +132,13 @@ class TrainConfig:
     fade_kimg:float = 0. # thousands of images until a grown layer is fully in
     ema_kimg:float = 10. # half-life of the moving average of weights, thousands of images
     ema_ramp:float = 0.05 # ... but at most this share of the images seen so far
+    d_ema_kimg:float = 2. # half-life of the moving average of the discriminator, which reads poses once training is over
     bf16:bool|None = None # convolutions in bfloat16 (rendering, heads and R1 stay in float32); None: where the device has instructions for it
     seed:int = 0 # of everything: weights, latent codes, batches
 
     def __post_init__(self):
         if self.loss not in ("nonsaturating", "relativistic"): raise InputError(f"TrainConfig.loss: expected nonsaturating or relativistic, got {self.loss!r}")
-        check_range(self, 1, 1 << 20, "batch", "r1_every", "density_every")
+        check_range(self, 1, 1 << 20, "batch", "r1_every", "density_every"); check_range(self, 0, 1, "read_share", "flip_share", "calibrate")
 
 # %% ../nbs/08_training.ipynb #5e0c1a02
 @dataclass(frozen=True)
@@ -204,6 +207,7 @@ class TrainState:
     opt_g:torch.optim.Optimizer
     opt_d:torch.optim.Optimizer
     config:TrainConfig
+    d_ema:Discriminator # moving average of D: the one that reads poses
     seen:int = 0 # images so far
     trouble:str = "" # which loss stopped being finite: from there on at half the rate
     share:Processes = Processes() # who trains along
@@ -228,8 +232,8 @@ def new_state(generator:GeneratorConfig, discriminator:DiscriminatorConfig, conf
 
 def make_state(G:PoseFreeGenerator, D:Discriminator, config:TrainConfig) -> TrainState:
     "A state around given networks, with fresh optimisers"
-    ema = copy.deepcopy(G).requires_grad_(False)
-    return TrainState(G, D, ema, _adam(G.parameters(), config.g_rate, config.density_every), _adam(D.parameters(), config.d_rate, config.r1_every), config)
+    ema, d_ema = copy.deepcopy(G).requires_grad_(False), copy.deepcopy(D).requires_grad_(False)
+    return TrainState(G, D, ema, _adam(G.parameters(), config.g_rate, config.density_every), _adam(D.parameters(), config.d_rate, config.r1_every), config, d_ema)
 
 class Fakes:
     "A batch of generated images with the poses they were rendered from"
@@ -242,6 +246,7 @@ class Fakes:
         sign, half = torch.ones(n, 2), int(n * c.flip_share)
         sign[:half // 2, 0] = -1; sign[half // 2:half, 1] = -1
         self.pose = Pose.of(self.own.stack() * sign[rows].to(s.device))
+        self.read = (torch.rand(n, generator=generator) < c.read_share)[rows].to(s.device) # judged at what is read off them
         with torch.autocast(s.device.type, torch.bfloat16, enabled=s.bf16): self.planes = s.G.planes(self.w)
         self.view = s.G.render(self.planes, self.pose, jitter=1., generator=Part(rng(jitter_seed, s.device), n, rows))
 
@@ -257,12 +262,16 @@ def d_step(s:TrainState, fakes:Fakes, real:Tensor, sigma:float, generator:torch.
     c, D, share = s.config, s.D, s.share
     with torch.autocast(s.device.type, torch.bfloat16, enabled=s.bf16):
         seen = blur(fakes.view.rgb.detach(), sigma)
-        fake = D(seen, fakes.pose.detach())
+        fake = D(seen, fakes.pose.detach(), fakes.read)
         depth = share.mean(fakes.view.depth.detach().mean())
         read = D(blur(relit(fakes.view, c.relight, s.G.config.focal, Part(generator, c.batch, s.rows), depth), sigma)).pose if c.relight else fake.pose
         judged = D(blur(real, sigma))
     parts = dict(d=d_loss(judged.score, fake.score, c.loss), pose=pose_loss(read, fakes.pose.detach(), D.unit))
     total = parts["d"] + c.pose_weight * parts["pose"]
+    if c.mirror_weight:
+        with torch.autocast(s.device.type, torch.bfloat16, enabled=s.bf16): turned = D(blur(real.flip(-1), sigma)).pose
+        parts["mirror"] = pose_loss(turned, mirror(judged.pose), D.unit)
+        total = total + c.mirror_weight * parts["mirror"]
     if s.step % c.r1_every == 0:
         parts["r1"] = r1_penalty(D, blur(real, sigma))
         total = total + c.r1_gamma / 2 * c.r1_every * parts["r1"]
@@ -277,7 +286,7 @@ def g_step(s:TrainState, fakes:Fakes, real:Tensor, sigma:float, generator:torch.
     c = s.config
     s.D.requires_grad_(False)
     with torch.autocast(s.device.type, torch.bfloat16, enabled=s.bf16):
-        score = s.D(blur(fakes.view.rgb, sigma), fakes.pose).score
+        score = s.D(blur(fakes.view.rgb, sigma), fakes.pose, fakes.read).score
         parts = dict(g=g_loss(score, s.D(blur(real, sigma)).score if c.loss == "relativistic" else None, c.loss))
     total = parts["g"] + c.mean_pose_weight * (s.share.middle(fakes.own.stack()) / s.D.unit).square().sum()
     if s.step % c.density_every == 0:
@@ -321,12 +330,15 @@ def symmetry_loss(G:PoseFreeGenerator, planes:Planes, generator:torch.Generator|
 
 @torch.no_grad()
 def ema_step(s:TrainState, w:Tensor):
-    "Move the averaged generator towards the current one"
+    "Move the averaged networks towards the current ones"
     half = min(s.config.ema_kimg * 1000, max(s.seen, 1) * s.config.ema_ramp)
     beta = .5 ** (s.config.batch / max(half, 1e-8))
     s.G.w_avg.lerp_(s.share.mean(w.detach().mean(0)), .005)
-    for a, b in zip(s.ema.parameters(), s.G.parameters()): a.lerp_(b, 1 - beta)
-    for a, b in zip(s.ema.buffers(), s.G.buffers()): a.copy_(b)
+    d_beta = .5 ** (s.config.batch / max(min(s.config.d_ema_kimg * 1000, max(s.seen, 1) * s.config.ema_ramp), 1e-8))
+    for slow, net, b in ((s.ema, s.G, beta), (s.d_ema, s.D, d_beta)):
+        for x, y in zip(slow.parameters(), net.parameters()): x.lerp_(y, 1 - b)
+        for x, y in zip(slow.buffers(), net.buffers()): x.copy_(y)
+    s.d_ema.fade, s.d_ema.condition = s.D.fade, s.D.condition
 
 def train_step(s:TrainState, images:UnposedImages, easy:UnposedImages|None=None) -> dict: # losses by name
     "Both networks, once. All randomness comes from (seed, step): a resumed run goes on exactly"
@@ -355,7 +367,7 @@ STATE = "run.state" # its name in the folder of a run
 
 def save_state(s:TrainState, path:Path|str):
     "The whole run as one file of tensors and plain values, with its SHA-256"
-    save_values(dict(G=s.G.state_dict(), D=s.D.state_dict(), ema=s.ema.state_dict(), opt_g=s.opt_g.state_dict(), opt_d=s.opt_d.state_dict(), seen=s.seen, growing=s.D.old_rgb is not None, trouble=s.trouble,
+    save_values(dict(G=s.G.state_dict(), D=s.D.state_dict(), ema=s.ema.state_dict(), d_ema=s.d_ema.state_dict(), opt_g=s.opt_g.state_dict(), opt_d=s.opt_d.state_dict(), seen=s.seen, growing=s.D.old_rgb is not None, trouble=s.trouble,
                      generator=config_to_dict(s.G.config), discriminator=config_to_dict(s.D.config), config=config_to_dict(s.config)), path)
 
 def load_state(path:Path|str, device="cpu") -> TrainState:
@@ -364,7 +376,7 @@ def load_state(path:Path|str, device="cpu") -> TrainState:
     try:
         g, c = config_from_dict(GeneratorConfig, d["generator"]), config_from_dict(DiscriminatorConfig, d["discriminator"])
         s = make_state(_filled(lambda: PoseFreeGenerator(g), d["G"]).to(device), _filled(lambda: _growing(c, d["growing"]), d["D"]).to(device), config_from_dict(TrainConfig, d["config"]))
-        s.ema.load_state_dict(d["ema"]); s.opt_g.load_state_dict(d["opt_g"]); s.opt_d.load_state_dict(d["opt_d"]); s.seen, s.trouble = d["seen"], d.get("trouble", "")
+        s.ema.load_state_dict(d["ema"]); s.d_ema.load_state_dict(d.get("d_ema", d["D"])); s.opt_g.load_state_dict(d["opt_g"]); s.opt_d.load_state_dict(d["opt_d"]); s.seen, s.trouble = d["seen"], d.get("trouble", "")
     except (KeyError, TypeError, AttributeError, ValueError, IndexError, RuntimeError) as e: raise InputError(f"expected a training state, got {str(path)!r}: {' '.join(str(e).split())[:200]}") from e
     return s
 
@@ -448,7 +460,7 @@ def fit(
 
 def sound(s:TrainState) -> bool:
     "Is every weight a number?"
-    return all(bool(p.isfinite().all()) for net in (s.G, s.D, s.ema) for p in net.state_dict().values())
+    return all(bool(p.isfinite().all()) for net in (s.G, s.D, s.ema, s.d_ema) for p in net.state_dict().values())
 
 def step_back(why:Exception, path:Path, device:torch.device, share:Processes=Processes()) -> TrainState:
     "The last state that was saved, with half the rates; the second time, a `DivergedError` that carries it"
@@ -498,4 +510,4 @@ def watch_poses(size:int, n:int=512, seed:int=20_000): # -> watch(state) for `fi
     first = HELD_OUT + seed
     batches = [portrait_batch(torch.arange(i, min(i + 50, first + n)), size) for i in range(first, first + n, 50)]
     image, pose = torch.cat([b.image for b in batches]), Pose.of(torch.cat([b.pose.stack() for b in batches]))
-    return lambda s: pose_figures(s.ema, s.D, image, pose)
+    return lambda s: pose_figures(s.ema, s.d_ema, image, pose)

@@ -113,3 +113,47 @@ def test_real_readings_are_scaled_to_the_generated_spread(images):
     train_step(one, images)
     assert torch.equal(one.D.pose_gain, torch.ones(2))   # one image has no spread
     assert torch.equal(still.D.pose_gain, torch.ones(2))
+
+
+def test_some_are_judged_at_what_is_read(images):
+    "Rows marked as such get the score of the reading, the others that of the given pose"
+    from posefree_kit.camera import Pose
+    s = new_state(G8, D8, C); D = s.D; D.condition = 1.
+    x, own = images.images[:4].float() / 127.5 - 1, torch.tensor([True, False, True, False])
+    given = Pose.deg([30., -30., 10., 5.])
+    mixed, read, told = (D(x, *a).score for a in ((given, own), (), (given,)))
+    assert torch.equal(mixed[own], read[own]) and torch.equal(mixed[~own], told[~own]) and not torch.allclose(read, told)
+    with pytest.raises(InputError, match="read_share"): TrainConfig(read_share=1.5)
+
+
+def test_the_discriminator_that_reads_is_an_average(images, tmp_path):
+    "It follows slowly, is saved with the run, and a state from before it starts with the discriminator itself"
+    import dataclasses
+    from posefree_kit.core import load_values, save_values
+    from posefree_kit.training import save_state
+    s = new_state(G8, D8, dataclasses.replace(C, d_ema_kimg=.001)); s.seen = 1000
+    before, p = s.d_ema.real.weight.clone(), s.D.real.weight
+    train_step(s, images)
+    keep = .5 ** 4                                      # four images at a half-life of one
+    assert torch.allclose(s.d_ema.real.weight, keep * before + (1 - keep) * p, atol=1e-6) and not torch.equal(before, p)
+    assert torch.equal(s.d_ema.pose_gain, s.D.pose_gain)
+    save_state(s, tmp_path/"run.state")
+    assert torch.equal(load_state(tmp_path/"run.state").d_ema.real.weight, s.d_ema.real.weight)
+    old = load_values(tmp_path/"run.state"); old.pop("d_ema"); save_values(old, tmp_path/"old.state")
+    assert torch.equal(load_state(tmp_path/"old.state").d_ema.real.weight, s.D.real.weight)
+
+
+def test_mirrored_pictures_become_mirrored_poses(images):
+    "With the wish alone, readings of a picture and of its mirror image come to agree"
+    from posefree_kit.camera import mirror
+    from posefree_kit.training import pose_loss
+    x = images.images.float() / 127.5 - 1
+    off = lambda D: float(pose_loss(D(x.flip(-1)).pose, mirror(D(x).pose), D.unit).detach())
+    def after(weight):
+        s = new_state(G8, D8, TrainConfig(batch=8, bf16=False, mirror_weight=weight, pose_weight=0.))
+        with torch.no_grad(): s.D.pose_head[1].bias.copy_(torch.tensor([1., 0.]))  # reads a turn to one side into everything
+        first = off(s.D)
+        for _ in range(10): parts = train_step(s, images)
+        return first, off(s.D), "mirror" in parts
+    (a, b, told), (c, d, silent) = after(5.), after(0.)
+    assert a == c and b < .8 * a and b < d and told and not silent
