@@ -59,12 +59,13 @@ def write_light(*args, **kwargs): return write_results(*args, solid=False, film=
 def test_a_batch_gives_what_single_runs_give(home):
     "Latents, poses and pictures, image by image"
     G = load_generator(home/"generator.safetensors", "cpu")
-    images = torch.cat([load_image(home/"in"/f"{i}.png") for i in range(3)])
+    images = torch.cat([load_image(p) for p in sorted((Path(__file__).parents[1]/"data").glob("portrait_*.png"))[:3]])
     config = quick(candidates=8, starts=2, start_steps=2, stages=(Stage(4, 2, .02, False), Stage(4, 1, .01, True)))
     many = invert(images, G, config)
     for i in range(3):
         alone, cut = invert(images[i:i + 1], G, config), one_of(many, i, 0.)
-        for a, b in ((alone.w, cut.w), (alone.deltas, cut.deltas), (alone.ws, cut.ws), (alone.pose.stack(), cut.pose.stack()), *zip(alone.view, cut.view)): assert a.shape == b.shape and torch.allclose(a, b, atol=1e-4)
+        for a, b in ((alone.w, cut.w), (alone.deltas, cut.deltas), (alone.ws, cut.ws), (alone.pose.stack(), cut.pose.stack()), *zip(alone.view, cut.view)):
+            assert a.shape == b.shape and float((a - b).abs().max()) < 1e-4
         assert alone.report["pose"][0] == pytest.approx(cut.report["pose"][0], abs=1e-2) and alone.report.keys() == cut.report.keys()
         for a, b in zip(alone.report["stages"], cut.report["stages"], strict=True): assert a["losses"] == pytest.approx(b["losses"], abs=1e-3)
     assert (many.w[0] - many.w[1]).abs().max() > 1e-2 # the images do differ
@@ -80,7 +81,7 @@ def test_trouble_of_one_image_is_not_that_of_its_batch(home, tmp_path, monkeypat
     said = []
     run(home, tmp_path/"o", say=said.append)
     rows = read_results(tmp_path/"o")
-    assert [r["error"] is None for r in rows] == [True, False, True, True, False, True] and "rec is not finite" in rows[1]["error"]
+    assert [r["error"] is None for r in rows] == [True, False, True, False, True, True] and "rec is not finite" in rows[1]["error"]
     assert sum("one by one" in text for text in said) == 1
 
 # Rows and files
