@@ -2,6 +2,7 @@
 
     python tests/fuzz/lost_node.py
 """
+import argparse
 import contextlib
 import dataclasses
 import functools
@@ -33,7 +34,7 @@ def processes(session:str) -> list: # of a Ray session
             if session in p.read_bytes().decode(errors="replace"): found.append(int(p.parent.name))
     return found
 
-def main(n=16, batch=2):
+def main(n=16, batch=2, out=None):
     with tempfile.TemporaryDirectory() as tmp:
         tmp = Path(tmp)
         (tmp/"light").mkdir(); (tmp/"light"/f"{SLOW}.py").write_text("raise ImportError\n")
@@ -68,6 +69,10 @@ def main(n=16, batch=2):
         print("\n".join(said), file=sys.stderr)
         told = dict(nodes=2, killed=len(killed), images=n, rows=len(rows), once=len({r["index"] for r in rows}), failed=sum(r["error"] is not None for r in rows), same=rows == want, died=sum("a worker died" in s for s in said), left=len(processes(session)), seconds_to_start=round(started, 1), seconds=round(time.time() - start, 1))
     print(json.dumps(told))
+    if out: out.write_text(json.dumps(told))
     return 0 if told["killed"] and told["same"] and told["rows"] == told["once"] == n and not told["left"] else 1
 
-if __name__ == "__main__": sys.exit(main())
+if __name__ == "__main__":
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--json", type=Path, help="write it here too")
+    sys.exit(main(out=p.parse_args().json))
