@@ -23,6 +23,7 @@ from posefree_kit.checkpoints import load_generator
 from posefree_kit.core import load_image
 from posefree_kit.features import load_identity, load_perceptual
 from posefree_kit.optimiser import PRESETS, InvertState, Networks, Stage, candidates, constant, run
+from posefree_kit.scale import keep_memory
 
 PORTRAITS = sorted((Path(__file__).resolve().parents[2]/"data").glob("portrait_*.png"))
 CLOCKS = dict(wall=time.perf_counter, cpu=time.process_time)
@@ -53,6 +54,7 @@ def timed(part:str, nets, target, config, steps:int, clock) -> float: # seconds 
 
 def measure(batches=(1, 2, 4, 8), rounds:int=3, steps:int=4, preset:str="quick", device:str="cpu", clock:str="wall", generator:str="portraits", compiled:bool=False, say=print) -> dict:
     "Seconds of each part for each batch, and what follows for whole inversions"
+    keep_memory() # as a worker does
     G = load_generator(generator, device)
     if compiled: G.compile_march()
     config = PRESETS[preset]()

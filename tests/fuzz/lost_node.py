@@ -34,7 +34,7 @@ def processes(session:str) -> list: # of a Ray session
             if session in p.read_bytes().decode(errors="replace"): found.append(int(p.parent.name))
     return found
 
-def main(n=16, batch=2, out=None):
+def main(n=12, batch=2, out=None):
     with tempfile.TemporaryDirectory() as tmp:
         tmp = Path(tmp)
         (tmp/"light").mkdir(); (tmp/"light"/f"{SLOW}.py").write_text("raise ImportError\n")
@@ -52,21 +52,22 @@ def main(n=16, batch=2, out=None):
         job = Job(str(tmp/"ray"), str(g), config=short, batch=batch, device="cpu", cores=1)
         small = dict(num_cpus=1, include_dashboard=False, object_store_memory=100 * 2 ** 20)
         said, killed, start = [], [], time.time()
+        def say(text): said.append(text); print(f"{time.time() - start:.0f} s: {text}", file=sys.stderr, flush=True)
         cluster = Cluster(initialize_head=True, head_node_args=small)
         try:
             other = cluster.add_node(**small)
             session = os.path.basename(other.get_session_dir_path())
             def kill(rows): # once rows have come, and the other node has been seen to work
-                if not killed and (tmp/"seen"/other.node_id).exists(): cluster.remove_node(other, allow_graceful=False); killed.append(len(rows))
+                say(f"rows of {[r['image'] for r in rows]}")
+                if not killed and (tmp/"seen"/other.node_id).exists(): cluster.remove_node(other, allow_graceful=False); killed.append(len(rows)); say("a node was killed")
             started = time.time() - start
-            scale(tmp/"in", dataclasses.replace(job, read=functools.partial(seen_by, folder=str(tmp/"seen"))), workers=2, address=cluster.address, progress=False, say=said.append, callback=kill)
+            scale(tmp/"in", dataclasses.replace(job, read=functools.partial(seen_by, folder=str(tmp/"seen"))), workers=2, address=cluster.address, progress=False, say=say, callback=kill)
         finally: ray.shutdown(); cluster.shutdown()
         end = time.time() + 30
         while processes(session) and time.time() < end: time.sleep(.5)
         scale(tmp/"in", dataclasses.replace(job, out=str(tmp/"local")), local=True, progress=False, say=lambda text: None)
         tight = lambda out: [{k: v for k, v in r.items() if k != "seconds"} for r in read_results(out)]
         rows, want = tight(tmp/"ray"), tight(tmp/"local")
-        print("\n".join(said), file=sys.stderr)
         told = dict(nodes=2, killed=len(killed), images=n, rows=len(rows), once=len({r["index"] for r in rows}), failed=sum(r["error"] is not None for r in rows), same=rows == want, died=sum("a worker died" in s for s in said), left=len(processes(session)), seconds_to_start=round(started, 1), seconds=round(time.time() - start, 1))
     print(json.dumps(told))
     if out: out.write_text(json.dumps(told))
