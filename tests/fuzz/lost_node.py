@@ -34,12 +34,12 @@ def processes(session:str) -> list: # of a Ray session
             if session in p.read_bytes().decode(errors="replace"): found.append(int(p.parent.name))
     return found
 
-def main(n=12, batch=2, out=None):
+def main(n=10, batch=2, out=None):
     with tempfile.TemporaryDirectory() as tmp:
         tmp = Path(tmp)
         (tmp/"light").mkdir(); (tmp/"light"/f"{SLOW}.py").write_text("raise ImportError\n")
         sys.path.insert(0, str(tmp/"light"))
-        os.environ |= dict(RAY_USAGE_STATS_ENABLED="0", OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join([str(tmp/"light"), str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent), os.environ.get("PYTHONPATH", "")]))
+        os.environ |= dict(RAY_USAGE_STATS_ENABLED="0", RAY_worker_niceness="0", OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join([str(tmp/"light"), str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent), os.environ.get("PYTHONPATH", "")]))
         import ray
         from ray.cluster_utils import Cluster
         from small import generator, picture
