@@ -72,7 +72,9 @@ class Stored:
     def __len__(self): return self.file.metadata.num_rows
     def __getitem__(self, i:int):
         g = bisect.bisect_right(self.ends, i)
-        if g != self.at: self.at, self.rows = g, self.file.read_row_group(g, columns=[self.column])[self.column]
+        if g != self.at:
+            try: self.at, self.rows = g, self.file.read_row_group(g, columns=[self.column])[self.column]
+            except (OSError, need("pyarrow").ArrowException) as e: raise InputError(f"expected a whole Parquet file, got row group {g} damaged: {' '.join(str(e).split())[:200]}") from e
         v = self.rows[i - (self.ends[g - 1] if g else 0)].as_py()
         if isinstance(v, dict): v = v.get("bytes") or v.get("path")
         return str(self.home/v) if isinstance(v, str) else v
