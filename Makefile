@@ -1,7 +1,7 @@
 # Everything starts here: `make demo` and `make test` need Python 3.11 to 3.13 and make, and set up the rest by themselves.
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-browser chromium lab chapters export docs clean
+.PHONY: help setup demo test test-browser chromium lab chapters export docs audit coverage clean
 BIN := .venv/bin
 # The environment is rebuilt when the requirements (or the folder's place) change; otherwise a second run starts at once.
 STAMP := .venv/.setup-$(shell (pwd; cat settings.ini setup.py) | cksum | cut -d' ' -f1)
@@ -56,6 +56,14 @@ export: setup ## notebooks -> posefree_kit/*.py and README.md, after an edit
 docs: setup ## the site in _docs/: by Quarto where it is installed, by pandoc otherwise
 	$(BIN)/python tests/tools/docs.py
 
+audit: setup ## known holes in the versions of requirements-lock.txt (asks the advisory database: needs the network)
+	$(BIN)/pip-audit --strict -r requirements-lock.txt --no-deps --disable-pip
+
+coverage: setup ## how many of the library's lines tests and chapters run, at least 90 % (twice as long as `make test`)
+	$(BIN)/coverage erase
+	@rc=0; $(RUN) $(BIN)/coverage run tests/tools/chapters.py || rc=1; $(RUN) $(BIN)/coverage run -m pytest -n 2 --dist loadgroup tests || rc=1; \
+		$(BIN)/coverage combine -q && $(BIN)/coverage report --fail-under=90 || rc=1; exit $$rc
+
 clean: ## remove what was built (not .venv)
-	rm -rf _proc _docs out build dist *.egg-info .pytest_cache .ruff_cache .hypothesis nbs/nbdev.yml nbs/plotly.min.js nbs/tutorials/plotly.min.js nbs/.last_checked
+	rm -rf _proc _docs out build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage .coverage.* nbs/nbdev.yml nbs/plotly.min.js nbs/tutorials/plotly.min.js nbs/.last_checked
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -15,7 +15,7 @@ setup(
     long_description=readme.read_text(encoding="utf-8") if readme.exists() else "", long_description_content_type="text/markdown",
     packages=find_packages(include=["posefree_kit", "posefree_kit.*"]), package_data={"posefree_kit": ["assets/**/*"]},
     python_requires=f">={cfg['min_python']}", install_requires=cfg["requirements"].split(),
-    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("notebooks", "scale", "dev")},
+    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("scale", "notebooks", "dev")},
     entry_points={"console_scripts": ["posefree=posefree_kit.cli:app"], "nbdev": ["posefree_kit=posefree_kit._modidx:d"]},
     zip_safe=False,
 )

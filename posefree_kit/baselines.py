@@ -111,7 +111,8 @@ def tune(
     "Train a copy of the generator for each image, code and pose fixed"
     members = [thaw(nets.generator) for _ in first.w]
     opts = [torch.optim.Adam([p for p in G.parameters() if p.requires_grad], tuning.rate) for G in members]
-    trace, stage, last, done, start = [], len(config.stages), [None] * len(members), [False] * len(members), len(first.trace)
+    trace, stage, done, start = [], len(config.stages), [False] * len(members), len(first.trace)
+    last:list = [None] * len(members) # parts and View of each generator's last step
     for k in range(steps):
         for i, (G, opt) in enumerate(zip(members, opts)):
             if done[i]: continue
@@ -275,6 +276,7 @@ class LatentEncoderConfig:
 
 class LatentEncoder(nn.Module):
     "Image to w and its deltas, in one pass"
+    mean:Tensor; std:Tensor; card:dict
     def __init__(self, config:LatentEncoderConfig=LatentEncoderConfig()):
         super().__init__()
         c, n = config, config.widths
@@ -426,7 +428,7 @@ def latent_figures(net:LatentEncoder, G:PoseFreeGenerator, images:Tensor, people
     look = ((got - w) / net.std)[:, :G.config.look_dim].square().mean()
     return {k: round(float(v), 3) for k, v in dict(known_look_mse=look, known_yaw_deg=off[0], known_pitch_deg=off[1], known_psnr=psnr(view, seen(known)), portrait_psnr=psnr(portrait, seen(images))).items()} | dict(people=people, portraits=len(images))
 
-def save_latent_encoder(net:LatentEncoder, path, generator:PoseFreeGenerator, **card):
+def save_latent_encoder(net:LatentEncoder, path:Path|str, generator:PoseFreeGenerator, **card):
     "Write an encoder in half precision, and its card, which names the generator that it belongs to"
     data = tensor_bytes({k: v.half() for k, v in net.state_dict().items()}, {})
     with whole_file(path) as tmp: tmp.write_bytes(data)
@@ -490,4 +492,4 @@ def encoder_latent(
     return inv
 
 # %% ../nbs/14_baselines.ipynb #3f386731
-METHODS = {"latent": invert, "pose_opt": pose_opt, "pti": pti, "spi": spi, "encoder": encoder, "encoder+latent": encoder_latent}
+METHODS:dict = {"latent": invert, "pose_opt": pose_opt, "pti": pti, "spi": spi, "encoder": encoder, "encoder+latent": encoder_latent}

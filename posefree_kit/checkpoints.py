@@ -51,7 +51,7 @@ def shipped() -> list: # names
     "The generators that come with the package"
     return sorted(p.stem for p in (ASSETS/"generators").glob("*.safetensors"))
 
-def find_checkpoint(name_or_path) -> Path:
+def find_checkpoint(name_or_path:Path|str) -> Path:
     "A shipped generator's name, or a file"
     path = Path(name_or_path)
     if str(name_or_path) in shipped(): return ASSETS/"generators"/f"{name_or_path}.safetensors"
@@ -165,7 +165,7 @@ class SnapshotReader(pickle._Unpickler):
     KNOWN = ("torch.nn.", "training.", "torch_utils.", "dnnlib.", "neural_renderer.")
     def __init__(self, file, size:int): # size: of the file, bytes
         super().__init__(_Bytes(file, size))
-        self.dispatch = _Counted(pickle._Unpickler.dispatch)
+        self.dispatch = _Counted(pickle._Unpickler.dispatch) # type: ignore[misc] # a table of one's own: the class's stays as it is
         easy, dtype = dict, _inert("dtype", lambda args: dict(code=args[0] if args else None))
         self.names = {"torch_utils.persistence._reconstruct_persistent_obj": _only(_persistent), "dnnlib.util.EasyDict": easy, "collections.OrderedDict": collections.OrderedDict,
                       "builtins.set": set, "__builtin__.set": set, "torch._utils._rebuild_parameter": _only(_parameter), "torch._utils._rebuild_tensor_v2": _only(_tensor),
@@ -176,7 +176,7 @@ class SnapshotReader(pickle._Unpickler):
             if not isinstance(target, dict): raise InputError(f"snapshot: expected a state for an object, got one for {type(target).__name__}: refused")
             if hasattr(target, "__setstate__"): target.__setstate__(state)
         def refuse(reader): raise InputError("snapshot: expected tensors and settings, got a byte array: refused")
-        self.dispatch |= {pickle.BUILD[0]: build, pickle.BYTEARRAY8[0]: refuse}
+        self.dispatch.update({pickle.BUILD[0]: build, pickle.BYTEARRAY8[0]: refuse})
     def find_class(self, module, name):
         key = f"{module}.{name}"
         if key not in self.names:
@@ -441,16 +441,17 @@ class OfficialReader(nn.Module):
         size = lambda x, n: F.interpolate(x, size=(n, n), mode="bilinear", align_corners=False)
         if self.config.dual: image = torch.cat([image, size(size(image, self.config.render_resolution), self.config.resolution)], 1)
         x = self.limit(self.from_rgb(image))
-        for b in self.blocks:
-            y = halved(b["skip"], x) * .5 ** .5
-            x = y + self.limit(halved(b["conv1"], self.limit(b["conv0"](x))), .5 ** .5)
+        for conv0, conv1, skip in (b.children() for b in self.blocks):
+            y = halved(skip, x) * .5 ** .5
+            x = y + self.limit(halved(conv1, self.limit(conv0(x))), .5 ** .5)
         return self.pose_head(self.limit(self.last(group_std(x, 1))).flatten(1))
 
     def read_pose(self, image:Tensor) -> Pose: # (B, 3, R, R) in [-1, 1]
         "A first guess of the viewpoint"
-        return look_at_pose(*self.angles(image).unbind(-1))
+        h, v = self.angles(image).unbind(-1)
+        return look_at_pose(h, v)
 
-def halved(conv:Conv, x:Tensor) -> Tensor: # (B, I, H, W) -> (B, O, H/2, W/2)
+def halved(conv, x:Tensor) -> Tensor: # (B, I, H, W) -> (B, O, H/2, W/2)
     "A convolution of every other pixel, the four-tap filter first (StyleGAN2)"
     x = F.conv2d(x, four_taps(x) / 4, padding=conv.weight.shape[-1] // 2 + 1, groups=x.shape[1])
     y = F.conv2d(x, conv.weight * conv.gain, conv.bias, stride=2)

@@ -12,7 +12,7 @@ __all__ = ['app', 'SPLIT', 'say', 'out_of', 'command', 'complete', 'Job', 'writa
 import errno, functools, json, math, os, sys, tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 import typer
 
 # %% ../nbs/18_cli.ipynb #8178d45f
@@ -25,7 +25,7 @@ def say(text:str, err:bool=False): # errors and notes: one line each, to stderr;
 
 def out_of(kwargs:dict) -> str: return f"could not write {str(kwargs['out'])!r}" if kwargs.get("out") else "input or output"
 
-def command(f):
+def command(f): # a typed function; the same comes back
     "Add a typed function as a command; in a shell, bad input is one line and exit code 2. The function itself stays as it is"
     @functools.wraps(f)
     def run(*args, **kwargs):
@@ -54,15 +54,15 @@ def complete(path) -> Optional[dict]: # the report, or None
 @dataclass
 class Job:
     "What all images of a call share"
-    generator:object
-    config:object # InvertConfig
-    psi:object # networks of the loss
-    phi:object
-    judge:object # identity network for the report; None: none for this domain
-    lpips:object # LPIPS-Alex for the report; None: its weights are not on this machine
+    generator:Any
+    config:Any # InvertConfig
+    psi:Any # networks of the loss
+    phi:Any
+    judge:Any # identity network for the report; None: none for this domain
+    lpips:Any # LPIPS-Alex for the report; None: its weights are not on this machine
     out:Path
     method:str = "latent" # a name in `baselines.METHODS`
-    encoder:object = None # LatentEncoder, for the methods that begin with one
+    encoder:Any = None # LatentEncoder, for the methods that begin with one
     align:bool = False
     background:str = "keep"
     resume:bool = False
@@ -70,10 +70,10 @@ class Job:
     mesh:bool = True
     video:bool = True
     progress:bool = True
-    framing:object = None # how crops are framed; None: as our camera sees heads
+    framing:Any = None # how crops are framed; None: as our camera sees heads
     taken:dict = field(default_factory=dict) # result folder -> the image that it belongs to
 
-def writable(out) -> Path:
+def writable(out:Path) -> Path:
     "A folder that exists and takes files"
     from posefree_kit.core import InputError
     try:
@@ -82,7 +82,7 @@ def writable(out) -> Path:
     except OSError as e: raise InputError(f"expected a folder that can be written, got {str(out)!r}: {e.strerror or e}") from e
     return Path(out)
 
-def inversion_config(domain:str, preset:str, space:str, seed:int, steps:Optional[int], perceptual:Optional[str], identity:Optional[str]):
+def inversion_config(domain:str, preset:str, space:str, seed:int, steps:Optional[int], perceptual:Optional[str], identity:Optional[str]): # InvertConfig
     "The preset with the changes that the options ask for"
     from posefree_kit.core import InputError
     from posefree_kit.features import default_identity, default_perceptual
@@ -432,30 +432,35 @@ def train(
     grow_from:Annotated[Optional[Path], typer.Option(help="A finished run of half the size to start from.", show_default=False)]=None,
     resume:Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")]=False,
     watch:Annotated[bool, typer.Option("--watch", help="At each save, log how well the pose head reads 512 held-out portraits; nothing of it reaches training.")]=False,
-    batch:Annotated[int, typer.Option(help="Images a step.")]=32,
+    batch:Annotated[int, typer.Option(help="Images a step, over all processes.")]=32,
     seed:Annotated[int, typer.Option(help="Of everything that is drawn.")]=0,
     device:Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]="auto",
     compiled:Annotated[bool, typer.Option("--compiled", help="Render by the compiled march: several times as fast on a CPU; needs a C++ compiler.")]=False,
     progress:Annotated[bool, typer.Option(help="Show a progress bar.")]=True,
 ): # the TrainState
-    "Train a pose-free generator on unposed images."
+    """Train a pose-free generator on unposed images.
+
+    In several processes: `accelerate launch --multi_gpu --num_processes 2 -m posefree_kit.cli train ...` (needs posefree_kit[scale]; with --device cpu, on CPUs). Each takes its share of --batch, and one of them writes."""
     from posefree_kit.core import DivergedError, InputError, config_to_dict, resolve_device
     from posefree_kit.checkpoints import save_checkpoint
-    from posefree_kit.training import STATE, TrainConfig, fit, load_state, watch_poses
+    from posefree_kit.training import STATE, Processes, TrainConfig, fit, load_state, watch_poses
     budget = [f"--{k} {v:g}" for k, v in dict(minutes=minutes, kimg=kimg).items() if v is not None and not v > 0]
     if budget or (minutes is None and kimg is None): raise InputError(f"expected a budget above 0, --minutes or --kimg (or both), got {budget[0] if budget else 'none'}")
-    there = (Path(out)/STATE).exists()
+    share = Processes.launched(device)
+    there = share.any((Path(out)/STATE).exists())
     if there and not resume: raise InputError(f"expected a new folder, got {str(out)!r} with a run in it: --resume goes on")
     if resume and not there: raise InputError(f"expected a run to go on with, got {str(out)!r} without {STATE}: leave --resume out to begin one")
     where, config = resolve_device(device), TrainConfig(batch=batch, seed=seed, r1_gamma=.05 * (size / 32) ** 2)
     start = grown(grow_from, size, config, where) if grow_from and not resume else None
     size = start.G.resolution if start else load_state(Path(out)/STATE).G.resolution if resume else size
     g, d = (None, None) if resume or start else architecture(size)
+    progress = progress and share.main
     pictures = training_images(images, n, size, where, progress)
     easy = training_images(None, plain, size, where, progress, plain=True) if plain else None
     diverged = None
     try: s = fit(pictures, writable(out), **(dict(generator=g, discriminator=d) if g else {}), config=start.config if start else config, minutes=minutes, kimg=kimg, resume=resume, start=start, device=where, easy=easy, compiled=compiled, watch=watch_poses(size) if watch else None, progress=progress)
     except DivergedError as e: s, diverged = e.state, e # what there is becomes a generator all the same
+    if not share.main: return s # one process writes
     card = dict(made_with="posefree train", kimg=round(s.kimg, 3), data=str(images.name) if images else f"{n} simulated portraits, seeds 0 to {n - 1}", images=len(pictures), plain_images=plain, seed=s.config.seed, device=str(where), training=config_to_dict(s.config))
     path = save_checkpoint(Path(out)/"generator.safetensors", s.ema, s.D, card)
     say(f"{s.kimg:.1f} kimg; {path}")
@@ -589,3 +594,5 @@ def _networks() -> list: # borrowed ones: used only when asked for, so missing i
 def _try(what, f, otherwise):
     try: return what, f(), "ok"
     except Exception as e: return what, " ".join(str(e).split()).replace(str(Path.home()), "~").removeprefix(f"{what}: ")[:160], otherwise
+
+if __name__ == "__main__" and __spec__: app() # python -m posefree_kit.cli, which is what `accelerate launch -m` begins

@@ -40,6 +40,7 @@ class Judgement(NamedTuple):
 # %% ../nbs/07_discriminator.ipynb #afee7f1b
 class Discriminator(nn.Module):
     "Image (and pose) to a score, and image to a pose, in one forward pass"
+    pose_mean:Tensor; pose_gain:Tensor; old_rgb:Conv|None
     def __init__(self, config:DiscriminatorConfig=DiscriminatorConfig()):
         super().__init__()
         c, ch = config, config.channels

@@ -17,6 +17,7 @@ __all__ = ['OFFSETS', 'MEASURES', 'MS_SSIM_BETAS', 'ORACLE', 'SETS', 'SELF', 'OW
 import dataclasses, functools, json, math, os, time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Callable
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
@@ -59,9 +60,9 @@ MEASURES = dict(
 @dataclass(frozen=True)
 class Judges:
     "Networks that measure, and that no loss has used; None: not measured"
-    identity:object = None # `.embed`
-    perceptual:object = None # `.distance`: our evaluation encoder's
-    lpips:object = None # `.distance`: LPIPS-Alex, where its weights are on this machine
+    identity:Any = None # `.embed`
+    perceptual:Any = None # `.distance`: our evaluation encoder's
+    lpips:Any = None # `.distance`: LPIPS-Alex, where its weights are on this machine
 
 @functools.lru_cache
 def load_judges(device="cpu", domain:str="faces") -> Judges: # domain: a generator's `config.domain`
@@ -92,7 +93,8 @@ def image_metrics(
     judges, size = judges or load_judges(str(image.device)), min(image.shape[-1], 256)
     image, target = (resize(x.float(), size).clamp(-1, 1) for x in (image, target))
     scales = max(1, min(5, int(math.log2(size / 11)) + 1))
-    betas, options = torch.tensor(MS_SSIM_BETAS[:scales]), dict(data_range=(-1., 1.), reduction="none")
+    betas = torch.tensor(MS_SSIM_BETAS[:scales])
+    options:dict = dict(data_range=(-1., 1.), reduction="none")
     mse, each = (image - target).square().mean((1, 2, 3)), lambda x: x.reshape(len(image))
     ms = each(tm.multiscale_structural_similarity_index_measure(image, target, betas=tuple((betas / betas.sum()).tolist()), normalize="relu", **options))
     out = dict(mse=mse, mse_01=mse / 4, psnr=tm.peak_signal_noise_ratio(image, target, dim=(1, 2, 3), **options).clamp(max=120.), ssim=each(tm.structural_similarity_index_measure(image, target, **options)), ms_ssim=ms, ms_ssim_dist=1 - ms)
@@ -157,7 +159,7 @@ class PoseOracle(nn.Module):
     def forward(self, image:Tensor) -> Pose: # (B, 3, R, R), any size
         return Pose.of(self.net(F.adaptive_avg_pool2d(image, 32)))
 
-def train_oracle(path, people:int=12000, steps:int=4000, seed:int=0, progress:bool=True) -> PoseOracle:
+def train_oracle(path:Path|str, people:int=12000, steps:int=4000, seed:int=0, progress:bool=True) -> PoseOracle:
     "Train the oracle on portraits with their true poses, and save it"
     from tqdm.auto import tqdm
     torch.manual_seed(seed)
@@ -224,7 +226,7 @@ class PortraitSet:
     "A benchmark set: the first people from a seed on who fit"
     first:int # seed
     says:str # who they are
-    fits:object # parameters, styles of (B,) people -> (B,) of bool
+    fits:Callable # parameters, styles of (B,) people -> (B,) of bool
 
 _yaw = lambda p: torch.rad2deg(p["yaw"]).abs()
 SETS = {
@@ -258,7 +260,7 @@ class Truth:
     depth:Tensor|None = None # (B, 1, h, h)
     mask:Tensor|None = None # (B, 1, h, h) 1 where depth means something
     w:Tensor|None = None # (B, w_dim)
-    turned:object = None # one of `OFFSETS` -> (B, 3, R, R): the same from true yaw + so many degrees
+    turned:Callable|None = None # one of `OFFSETS` -> (B, 3, R, R): the same from true yaw + so many degrees
     focal:float = FOCAL # of `depth`
 
 @functools.lru_cache(maxsize=64)
@@ -552,7 +554,7 @@ def shown(v:tuple, signed:bool=False) -> str: # (mean, low, high)
     f = lambda x: f"{x:{'+' if signed else ''}.{digits}f}"
     return f(v[0]) + ("" if v[1] is None else f" [{f(v[1])}, {f(v[2])}]")
 
-def markdown_table(head, lines) -> str: return "\n".join(["|" + "|".join(map(str, line)) + "|" for line in [head, ["-"] * len(head), *lines]])
+def markdown_table(head:list, lines:list) -> str: return "\n".join(["|" + "|".join(map(str, line)) + "|" for line in [head, ["-"] * len(head), *lines]])
 
 def table(rows:list, keys=INPUT_VIEW, sets=None) -> str: # Markdown
     "Means with intervals, one line a set and method; keys that nobody measured are left out"
@@ -690,7 +692,7 @@ def benchmark(
 
 # %% ../nbs/15_evaluation.ipynb #c0a11026
 VIEWS = "posefree_kit views 1"
-_ENTRY = dict(image=int, reconstruction=str, novel=dict, depth=str, yaw_deg=(int, float), pitch_deg=(int, float), seconds=(int, float))
+_ENTRY:dict = dict(image=int, reconstruction=str, novel=dict, depth=str, yaw_deg=(int, float), pitch_deg=(int, float), seconds=(int, float))
 
 def read_views(folder) -> dict: # the content of views.json: method, set, n, size, images
     "Read and check a system's list of files; anything wrong is an `InputError`"
@@ -726,7 +728,7 @@ def read_depth(path) -> Tensor: # (1, 1, H, H)
     if x.ndim != 2 or x.shape[0] != x.shape[1] or not x.isfinite().all(): raise InputError(f"{Path(path).name}: expected finite depth of shape (H, H), got {tuple(x.shape)}")
     return x[None, None]
 
-def read_answer(entry:dict, folder, size:int) -> Answer:
+def read_answer(entry:dict, folder:Path, size:int) -> Answer:
     "One person's files"
     picture = lambda name: load_image(_inside(folder, name), size)
     depth = F.interpolate(read_depth(_inside(folder, entry["depth"])), size, mode="nearest-exact") if "depth" in entry else None

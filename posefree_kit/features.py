@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
-from .core import InputError, check_range, check_shape, config_from_dict, config_to_dict, load_values, open_tensors, read_json, read_network, read_torch, resize, resolve_device, rng, save_json, save_values, sha256, tensor_bytes, whole_file
+from .core import InputError, Net, check_range, check_shape, config_from_dict, config_to_dict, load_values, open_tensors, read_json, read_network, read_torch, resize, resolve_device, rng, save_json, save_values, sha256, tensor_bytes, whole_file
 
 # %% ../nbs/10_features.ipynb #5e4b919d
 def arcface_logits(
@@ -66,6 +66,7 @@ class Residual(nn.Module):
 # %% ../nbs/10_features.ipynb #6a500b16
 class PortraitEncoder(nn.Module):
     "Image to identity embedding; its stages are perceptual features"
+    layer_scale:Tensor; card:dict
     def __init__(self, config:EncoderConfig=EncoderConfig()):
         super().__init__()
         c, w = config, config.widths
@@ -135,7 +136,7 @@ def augment(
     u = lambda *shape: torch.rand(*shape, generator=generator)
     zoom, move = 1 + .12 * (u(b) - .5), .1 * (u(b, 2) - .5)
     affine = torch.cat([torch.diag_embed(zoom[:, None].expand(b, 2)), move[:, :, None]], 2)
-    x = F.grid_sample(image, F.affine_grid(affine, image.shape, align_corners=False), padding_mode="border", align_corners=False)
+    x = F.grid_sample(image, F.affine_grid(affine, list(image.shape), align_corners=False), padding_mode="border", align_corners=False)
     soft = F.interpolate(F.avg_pool2d(x, 2), (size, size), mode="bilinear", align_corners=False)
     blur = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
     kind = u(b, 1, 1, 1)
@@ -207,7 +208,7 @@ def train_encoder(
             save_values(trainer.state(), state)
     return calibrate(freeze(trainer.net.to(memory_format=torch.contiguous_format)), decode(pictures[:64, 0]))
 
-def freeze(net:nn.Module) -> nn.Module:
+def freeze(net:Net) -> Net:
     "Evaluation mode, no gradients to the weights (they still flow to the image)"
     return net.eval().requires_grad_(False)
 
@@ -219,7 +220,7 @@ def unit(x:Tensor) -> Tensor: # (B, C, h, w): the channels at each place brought
 def compare_maps(
     a:list, # maps (B, C, h, w), as they are to be compared
     b:list, # the same of another picture
-    mask:Tensor=None, # (B, 1, H, W) in [0, 1]: where to look; averaged to each map's size
+    mask:Tensor|None=None, # (B, 1, H, W) in [0, 1]: where to look; averaged to each map's size
 ) -> Tensor: # (layers, B)
     "Squared difference summed over channels and averaged over the picture, for each layer"
     out = []
@@ -233,7 +234,7 @@ def perceptual_distance(
     features, # image -> list of maps, as they are to be compared: `Perceptual.features`
     a:Tensor, # (B, 3, H, H) in [-1, 1]
     b:Tensor, # (B, 3, H, H)
-    mask:Tensor=None, # (B, 1, H, H) in [0, 1]: outside, both are made grey first, so that nothing leaks in
+    mask:Tensor|None=None, # (B, 1, H, H) in [0, 1]: outside, both are made grey first, so that nothing leaks in
 ) -> Tensor: # (B,) 0 for the same image
     "How different two pictures look"
     check_shape(b, "B C H W", "second image", **check_shape(a, "B C H W", "first image"))
@@ -294,7 +295,7 @@ class Perceptual(nn.Module):
         "Maps as they are to be compared"
         check_shape(x, "B 3 H W", "image")
         return [unit(m) * self.get_buffer(f"root{i}") for i, m in enumerate(self.network(self.prepare(x)))]
-    def distance(self, a:Tensor, b:Tensor, mask:Tensor=None) -> Tensor: return perceptual_distance(self.features, a, b, mask) # -> (B,)
+    def distance(self, a:Tensor, b:Tensor, mask:Tensor|None=None) -> Tensor: return perceptual_distance(self.features, a, b, mask) # -> (B,)
     def forward(self, a, b, mask=None): return self.distance(a, b, mask)
     def train(self, mode=True): return super().train(False) # frozen means frozen
 
@@ -544,7 +545,7 @@ def ship_encoder(
     (config, courses), folder, net = SHIPPED[name], Path(folder), None
     for i, c in enumerate(courses):
         drawn = pictures[i] if i in pictures else c.draw(render, config.size)
-        net = train_encoder(drawn, config, c.training, net and net.state_dict(), folder/f"{name}-{i}.state", callback)
+        net = train_encoder(drawn, config, c.training, None if net is None else net.state_dict(), folder/f"{name}-{i}.state", callback)
     for v in net.state_dict().values():
         if v.is_floating_point(): v.copy_(v.half()) # what is measured is what ships
     tidy = lambda found: {k: round(v, 4) if isinstance(v, float) else v for k, v in found.items()}

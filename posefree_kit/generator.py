@@ -31,8 +31,8 @@ AXES = {"xyz": ((0, 1), (0, 2), (2, 1)),  # three different planes: ours
 def sample_planes_plain(planes:Tensor, xyz:Tensor, box:float, axes:str="xyz") -> Tensor: # (B, 3, C, H, H), (B, M, 3) -> (B, M, C)
     "The mean of three bilinear look-ups, zeros outside; the straightforward way"
     p = xyz * (2 / box)
-    out = sum(F.grid_sample(planes[:, i], p[:, None, :, list(a)], align_corners=False) for i, a in enumerate(AXES[axes])) / 3
-    return out.squeeze(2).mT
+    looks = [F.grid_sample(planes[:, i], p[:, None, :, list(a)], align_corners=False) for i, a in enumerate(AXES[axes])]
+    return torch.stack(looks).mean(0).squeeze(2).mT
 
 # %% ../nbs/05_generator.ipynb #f2cea96e
 class Table(NamedTuple):
@@ -416,6 +416,7 @@ def compiled_rays(planes:Tensor, origins:Tensor, dirs:Tensor, t:Tensor, decoder:
 # %% ../nbs/05_generator.ipynb #96215e79
 class Generator(nn.Module):
     "z -> w -> tri-planes -> a view from any pose"
+    w_avg:Tensor # (w_dim,) the mean w
     def __init__(self, config:GeneratorConfig=GeneratorConfig()):
         super().__init__()
         c = self.config = config

@@ -104,7 +104,7 @@ def geometry(
 ) -> Tensor: # (B,)
     "Total variation of depth (paper, Eq. 5), inside the object"
     check_shape(weight, "B 1 H W", "weight", **check_shape(depth, "B 1 H W", "depth"))
-    d, m, total = depth / (far - near), weight.detach(), 0.
+    d, m, total = depth / (far - near), weight.detach(), depth.new_zeros(len(depth))
     for axis in (-1, -2):
         step, both = d.diff(dim=axis).abs(), torch.minimum(m.narrow(axis, 1, m.shape[axis] - 1), m.narrow(axis, 0, m.shape[axis] - 1))
         if huber: step = torch.where(step < huber, step.square() / (2 * huber), step - huber / 2)

@@ -10,6 +10,7 @@ __all__ = ['PRESETS', 'Schedule', 'constant', 'ramp', 'warm_cosine', 'Stage', 'I
 # %% ../nbs/12_optimiser.ipynb #51aad3c1
 import dataclasses, math, time
 from dataclasses import dataclass
+from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,6 +18,7 @@ from . import losses
 from .camera import Pose, mirror
 from .core import DivergedError, InputError, check_range, check_shape, config_hash, config_to_dict, memory_advice, resize, rng
 from .features import backends, load_identity, load_perceptual
+from .generator import View
 from .pose import LIMIT, PoseFreeGenerator
 
 # %% ../nbs/12_optimiser.ipynb #abac3272
@@ -120,8 +122,8 @@ PRESETS = {"quick": quick, "paper": paper}
 class Networks:
     "The frozen networks of an inversion, handed in"
     generator:PoseFreeGenerator
-    psi:object # perceptual: `.distance(a, b) -> (B,)`, `.features(x)`
-    phi:object # identity: `.embed(x) -> (B, d)`
+    psi:Any # perceptual: `.distance(a, b) -> (B,)`, `.features(x)`
+    phi:Any # identity: `.embed(x) -> (B, d)`
 
 def view_offsets(config:InvertConfig, step:int) -> Pose: # (2,)
     "A pair of delta-theta, + and -, drawn from (seed, step)"
@@ -230,6 +232,7 @@ def _copied(adam): return None if adam is None else {k: [x.clone() for x in v] i
 
 class InvertState:
     "What is optimised, and where the run is: enough to continue"
+    adam:dict|None; before:tuple|None
     def __init__(self, w:Tensor, d:Tensor|None=None, free:FreePose|None=None): # free: a camera of its own; None: the pose is f(w)
         self.w, self.d, self.free, self.step, self.adam, self.trace = w.detach().clone(), None if d is None else d.detach().clone(), free, 0, None, []
         self.before, self.trouble = None, "" # what was before the last step; which loss stopped being finite: from there on at half the rate
@@ -271,7 +274,7 @@ class Step:
     weights:dict # name -> lambda
     rate:float # Adam's rate
     pose:Pose # (B,) before this step
-    view:object # View of this step (at the stage's resolution)
+    view:View # of this step (at the stage's resolution)
     state:InvertState # the run itself, after this step
 
 def run(nets:Networks, target:Tensor, config:InvertConfig, state:InvertState, callback=None, terms:dict={}) -> InvertState: # terms: as in `objective`
@@ -290,7 +293,7 @@ def run(nets:Networks, target:Tensor, config:InvertConfig, state:InvertState, ca
         angles = None if free is None else free.angles.clone().requires_grad_()
         total, parts, lam, pose, view = objective(nets, config, target, shaken, d, state.step, pose=None if free is None else Pose.of(angles), terms=terms)
         params = [] if free and state.step < free.preheat else [w] + ([d] if state.d is not None else [])
-        grads = torch.autograd.grad(total.sum(), params + ([] if free is None else [angles]))
+        grads = list(torch.autograd.grad(total.sum(), params + ([] if free is None else [angles])))
         if not (total.isfinite().all() and all(g.isfinite().all() for g in grads)):
             bad = ([k for k, v in parts.items() if not v.isfinite().all()] or ["gradient"])[0]
             once, here = state.trouble, f"{bad} is not finite at step {state.step} of {config.steps}"
@@ -314,11 +317,11 @@ class Inversion:
     deltas:Tensor # (B, num_ws, w_dim) per-layer deltas, 0 in space "w"
     ws:Tensor # (B, num_ws, w_dim) = w + deltas
     pose:Pose # (B,) = f(w), unless a method of chapter 14 gave it a camera of its own
-    view:object # the reconstruction, a View at native resolution
+    view:View # the reconstruction, at native resolution
     trace:list # one dict a step: losses (B,), rate, pose (B, 2), weights
     report:dict # what was done: generator, space, preset, seed, device, seconds, steps, pose, backends, stages
     state:InvertState # hand it back to `invert(..., state=...)` to go on
-    generator:PoseFreeGenerator|None = None # what renders it, if a method tuned a copy of the generator (chapter 14); None: the given one
+    generator:Any = None # what renders it, if a method tuned a copy of the generator (chapter 14); None: the given one
 
 def prepare(image:Tensor, generator:PoseFreeGenerator, config:InvertConfig, psi=None, phi=None) -> tuple: # Networks, target (B, 3, R, R)
     "What every method begins with: the image checked and at the generator's resolution, the networks that the configuration names"

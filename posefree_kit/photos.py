@@ -25,7 +25,7 @@ class Face:
     area = property(lambda self: (self.box[2] - self.box[0]) * (self.box[3] - self.box[1]))
 
 @functools.lru_cache(maxsize=2)
-def detector(device:str="cpu"):
+def detector(device:str="cpu"): # an MTCNN
     "MTCNN with the weights from its own wheel; loaded once"
     from facenet_pytorch import MTCNN
     return MTCNN(keep_all=True, device=device)

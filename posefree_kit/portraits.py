@@ -18,34 +18,34 @@ from .core import InputError, resolve_device, save_image, save_json
 from .camera import Pose, cam2world, intrinsics, rays
 
 # %% ../nbs/02_portraits.ipynb #2a4e8c89
-def ellipsoid(x, y, z, rx, ry, rz):
+def ellipsoid(x, y, z, rx, ry, rz): # places and radii, (B, N) or (B, 1) each -> (B, N)
     "Signed distance to an ellipsoid at the origin, to first order"
     a, b, c = x / rx, y / ry, z / rz
     k0 = (a * a).addcmul_(b, b).addcmul_(c, c).sqrt_()
     a, b, c = a / rx, b / ry, c / rz
     return k0 * (k0 - 1) / (a * a).addcmul_(b, b).addcmul_(c, c).sqrt_().add_(1e-9)
 
-def sphere(x, y, z, r):
+def sphere(x, y, z, r): # the same
     "Signed distance to a sphere at the origin"
     return (x * x + y * y).addcmul_(z, z).sqrt_().sub_(r)
 
-def capsule(x, y, z, bx, by, bz, r0, r1):
+def capsule(x, y, z, bx, by, bz, r0, r1): # the same
     "Signed distance to a rod from the origin to (bx, by, bz), radius r0 to r1"
     h = ((x * bx + y * by + z * bz) / (bx * bx + by * by + bz * bz)).clamp_(0, 1)
     return sphere(x - bx * h, y - by * h, z - bz * h, r0 + (r1 - r0) * h)
 
 # %% ../nbs/02_portraits.ipynb #2caa7d48
-def join(a, b, k):
+def join(a, b, k): # distances (B, N), a length k -> (B, N)
     "Smooth union: min(a, b) - max(k - |a - b|, 0)^2 / 4k, the nearer of two solids, filleted over k"
     h = (a - b).abs_().neg_().add_(k).clamp_(min=0)
     return torch.minimum(a, b).sub_(h.mul_(h).mul_(.25 / k))
 
-def cut(a, b, k):
+def cut(a, b, k): # the same
     "Smooth intersection of two solids, rounded over k"
     h = (a - b).abs_().neg_().add_(k).clamp_(min=0)
     return torch.maximum(a, b).add_(h.mul_(h).mul_(.25 / k))
 
-def step(x, lo, hi):
+def step(x, lo, hi): # any shapes -> in [0, 1]
     "0 below lo, 1 above hi, a smooth ramp between"
     t = ((x - lo) / (hi - lo)).clamp(0, 1)
     return t * t * (3 - 2 * t)
@@ -102,7 +102,7 @@ HAIR = [(.08, .06, .06), (.16, .10, .07), (.30, .18, .10), (.45, .26, .13), (.62
 IRIS = [(.20, .11, .06), (.36, .20, .09), (.40, .42, .18), (.22, .48, .34), (.20, .46, .66), (.34, .52, .72), (.45, .52, .56)]
 
 # %% ../nbs/02_portraits.ipynb #702b8ffe
-def draw(seeds:Tensor, variation:Tensor) -> tuple: # (B,) int64 each -> dicts of (B,) float64 and of (B,) style indices
+def draw(seeds:Tensor, variation:Tensor) -> tuple[dict, dict, list]: # (B,) int64 each -> dicts of (B,) float64 and of (B,) style indices
     "All parameters of each seed: identity by the seed alone, the look by seed and variation"
     tri = lambda s, n, lo, hi: lo + (hi - lo) * .5 * (noise(s, n) + noise(s, n + "'"))
     look = seeds * 0x10001 + 0x1000000000000 + variation * 0x9E3779B1
@@ -123,7 +123,7 @@ def draw(seeds:Tensor, variation:Tensor) -> tuple: # (B,) int64 each -> dicts of
 # %% ../nbs/02_portraits.ipynb #a8433fd7
 class Params(dict):
     "Parameters of a batch: (B, 1) numbers, (B, 3, 1) colours and lists of rows, read as attributes"
-    __getattr__ = dict.__getitem__
+    def __getattr__(self, name): return self[name]
     def take(self, rows): return Params({k: v[rows] for k, v in self.items() if torch.is_tensor(v) and v.shape[0] == self["size"]}, size=len(rows))
 
 def scene(p:dict, styles:dict, text:list, device="cpu") -> Params:
@@ -284,16 +284,16 @@ def parts(x, y, z, p:Params): # (B, N) each -> a tuple of (B, N)
     eye, lid = _eyes(ax, x, y, z, p)
     hair, opening = _hair(x, y, z, skull, p)
     cloth = _cloth(x, y, z, p)
-    sub = lambda rows, *t: [v[rows] for v in t]
+    sub = lambda rows, q, *t: [*(v[rows] for v in t), q]
     far = torch.full_like(x, 9.)
     hat, glasses = far, far
     if len(p.rows_beard):
         r, q = p.rows_beard, p.of_beard
-        skin[r] -= _beard(*sub(r, x, y, z), q) * .009 * (1 - q.stubble)
-    if len(p.rows_long): hair[p.rows_long] = join(hair[p.rows_long], _long(*sub(p.rows_long, x, y, z, opening), p.of_long), .03)
-    if len(p.rows_bun): hair[p.rows_bun] = torch.minimum(hair[p.rows_bun], _bun(*sub(p.rows_bun, x, y, z), p.of_bun))
-    if len(p.rows_hat): hat = far.index_copy(0, p.rows_hat, _hat(*sub(p.rows_hat, x, y, z, skull), p.of_hat))
-    if len(p.rows_glasses): glasses = far.index_copy(0, p.rows_glasses, _glasses(*sub(p.rows_glasses, ax, y, z), p.of_glasses))
+        skin[r] -= _beard(*sub(r, q, x, y, z)) * .009 * (1 - q.stubble)
+    if len(p.rows_long): hair[p.rows_long] = join(hair[p.rows_long], _long(*sub(p.rows_long, p.of_long, x, y, z, opening)), .03)
+    if len(p.rows_bun): hair[p.rows_bun] = torch.minimum(hair[p.rows_bun], _bun(*sub(p.rows_bun, p.of_bun, x, y, z)))
+    if len(p.rows_hat): hat = far.index_copy(0, p.rows_hat, _hat(*sub(p.rows_hat, p.of_hat, x, y, z, skull)))
+    if len(p.rows_glasses): glasses = far.index_copy(0, p.rows_glasses, _glasses(*sub(p.rows_glasses, p.of_glasses, ax, y, z)))
     return join(skin, lid, .006), eye, hair, cloth, hat, glasses
 
 def distance(x, y, z, p:Params): # (B, N) each -> (B, N)
@@ -326,6 +326,7 @@ def march(
 ) -> tuple: # t (B, N), distance left (B, N)
     "Sphere tracing: step by the distance to the nearest surface, and drop rays that have arrived or left"
     t, left = t.clone(), torch.full_like(t, 9.)
+    where, tt, dd = None, t, left # columns in use, and what was last found there
     ox, oy, oz = o[:, :1], o[:, 1:2], o[:, 2:]
     for i in range(STEPS):
         if i % 4 == 0:
@@ -358,14 +359,14 @@ def _put(t, left, where, tt, dd):
 # %% ../nbs/02_portraits.ipynb #8b3b186c
 def normals(x, y, z, p:Params, eps=1e-3): # (B, N) each -> (B, 3, N)
     "Unit outward normals: the gradient of the distance from four taps"
-    g = 0
+    g = x.new_zeros(len(x), 3, x.shape[1])
     for s in ((1, -1, -1), (-1, -1, 1), (-1, 1, -1), (1, 1, 1)):
         f = distance(x + s[0] * eps, y + s[1] * eps, z + s[2] * eps, p)
         g = g + torch.stack([f * k for k in s], 1)
     return torch.nn.functional.normalize(g, dim=1)
 
 # %% ../nbs/02_portraits.ipynb #08b01b48
-def lerp(a, b, w): return a + (b - a) * w
+def lerp(a, b, w): return a + (b - a) * w # any shapes
 
 def paint(x, y, z, n, p:Params): # (B, N) each, n (B, 3, N) -> albedo (B, 3, N), gloss (B, 1, N)
     "The colour of each surface point"
@@ -574,7 +575,8 @@ def portrait_batch(
     n = len(seeds)
     for name, v in (("variation", variation), ("poses", poses)):
         if v is not None and len(v) not in (1, n): raise InputError(f"expected {name} for {n} seeds (or 1 for all), got {len(v)}")
-    p, styles, text = change(*draw(seeds, variation.expand(n)), seeds, changes)
+    p, styles, text = draw(seeds, variation.expand(n))
+    p, styles, text = change(p, styles, text, seeds, changes)
     poses = Pose(p["yaw"].float(), p["pitch"].float()) if poses is None else poses
     poses = Pose(*(a.detach().float().to(device).expand(n).clone() for a in (poses.yaw, poses.pitch)))
     chunk, out = max(1, (CHUNK if device.type == "cpu" else 32 * CHUNK) // size**2), []
@@ -583,7 +585,8 @@ def portrait_batch(
         q = scene({k: v[s] for k, v in p.items()}, {k: v[s] for k, v in styles.items()}, text[s], device)
         out.append(_render(q, poses[s], size, supersample))
     person = {k: p[k].float() for k in (*SHAPE, *TONES)} | {k: [list(STYLES[k])[i] for i in v] for k, v in styles.items()}
-    return Portrait(*(torch.cat(v) for v in zip(*out)), poses, person)
+    image, depth, mask, normal = map(torch.cat, zip(*out))
+    return Portrait(image, depth, mask, normal, poses, person)
 
 def portrait(
     seed:int, # who
@@ -601,7 +604,7 @@ def _integers(v, name): # a number, list or tensor -> (B,) int64 on the CPU
     if not len(t) or t.is_floating_point() or t.min() < 0: raise InputError(f"expected {name} as integers from 0, at least one, got {v!r}")
     return t.long()
 
-def change(p:dict, styles:dict, text:list, seeds:Tensor, changes:dict) -> tuple: # p, styles, text
+def change(p:dict, styles:dict, text:list, seeds:Tensor, changes:dict) -> tuple[dict, dict, list]: # p, styles, text
     "Apply changes by name to what `draw` gave; anything unknown is refused"
     for name, value in changes.items():
         if name in GROUPS: p |= _regroup(name, value, p, seeds)

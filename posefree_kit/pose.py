@@ -26,7 +26,9 @@ class PoseLearner(nn.Module):
         self.hidden, self.out = Linear(self.inputs, config.pose_hidden, lrelu, config.pose_rate), Linear(config.pose_hidden, outputs, rate=config.pose_rate)
     def forward(self, w:Tensor) -> Pose: # (B, w_dim) -> (B,) yaw and pitch, radians
         "The viewpoint of a latent code, squeezed softly into +/- 80 degrees, so that no camera ever passes the pole"
-        if self.config.pose_rule == "look_at": return look_at_pose(*look_at_angles(self.out(self.hidden(w)), self.config).unbind(-1), learns=self.config.pose_extra)
+        if self.config.pose_rule == "look_at":
+            h, v, *extra = look_at_angles(self.out(self.hidden(w)), self.config).unbind(-1)
+            return look_at_pose(h, v, extra[0] if extra else None, self.config.pose_extra)
         return Pose.of(LIMIT * torch.tanh(self.out(self.hidden(w[..., -self.inputs:])) / LIMIT))
 
 # %% ../nbs/06_pose_learner.ipynb #e129afa3
@@ -36,7 +38,7 @@ class PoseFreeGenerator(Generator):
         super().__init__(config)
         self.pose_learner = PoseLearner(config)
         self.name, self.sha256 = "untrained", "" # set by `load_generator`
-        self.source = None # where it was imported from, for the card: set by `import_official`
+        self.source:dict|None = None # where it was imported from, for the card: set by `import_official`
         self.reader = None # a discriminator, whose pose head reads poses off images
 
     def set_reader(self, discriminator): object.__setattr__(self, "reader", discriminator) # beside the generator, not one of its parts

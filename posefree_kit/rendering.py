@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from .core import InputError, check_shape
+from .core import InputError, batch_rand, check_shape
 
 # %% ../nbs/03_rendering.ipynb #d1a85e04
 def alpha_from_density(sigma:Tensor, delta:Tensor) -> Tensor: # both (..., S); sigma in 1 / length, delta in lengths
@@ -45,7 +45,7 @@ def coarse_depths(
     b, n = like.shape[:2]
     t = torch.linspace(near, far, samples, device=like.device, dtype=like.dtype).expand(b, n, samples)
     if not jitter: return t
-    u = torch.rand(b, n, samples, device=like.device, dtype=like.dtype, generator=generator)
+    u = batch_rand((b, n, samples), generator, device=like.device, dtype=like.dtype)
     return t + u * (jitter * (far - near) / (samples - 1))
 
 def fine_depths(
@@ -58,7 +58,7 @@ def fine_depths(
     "More samples where the coarse pass found something: the inverse of the cumulative weight (Mildenhall et al. 2020)"
     pdf = weights.detach() + 1e-3
     cdf = F.pad((pdf / pdf.sum(-1, keepdim=True)).cumsum(-1), (1, 0)).contiguous()
-    shift = torch.rand(*depths.shape[:2], samples, device=depths.device, generator=generator) - .5 if jitter else 0.
+    shift = batch_rand((*depths.shape[:2], samples), generator, device=depths.device) - .5 if jitter else 0.
     u = (torch.arange(samples, device=depths.device) + .5 + jitter * shift) / samples
     u = u.expand(*depths.shape[:2], samples).contiguous()
     hi = torch.searchsorted(cdf, u, right=True).clamp(1, depths.shape[-1] - 1)
@@ -88,7 +88,8 @@ def end_weights(weights:Tensor) -> Tensor: # (..., S-1) -> (..., S)
 def composite_passes(ends:Tensor, values:list, order:Tensor|None=None) -> Tensor: # (B, N, S); (B, N, s, C) of each pass; (B, N, S) -> (B, N, C)
     "Composite passes that are not sorted together: their weights go back to where the values lie (one number moves instead of C)"
     if order is not None: ends = torch.empty_like(ends).scatter(-1, order, ends)
-    return sum(composite(w, v) for w, v in zip(ends.split([v.shape[-2] for v in values], -1), values))
+    passes = [composite(w, v) for w, v in zip(ends.split([v.shape[-2] for v in values], -1), values)]
+    return sum(passes[1:], passes[0])
 
 def march(
     raw:Tensor, # (B, N, S) raw densities in the order of depths

@@ -112,7 +112,7 @@ def strips(*pictures): # (B, C, H, W), (H, W) or None each -> the same, some row
     return ([None if p is None else p[..., i:i + rows, :] for p in pictures] for i in range(0, h, rows))
 
 # %% ../nbs/04_stylegan.ipynb #a7c10002
-def plain_conv(x, style, weight, bias, noise, demodulate, up, act, clamp):
+def plain_conv(x:Tensor, style:Tensor, weight:Tensor, bias:Tensor, noise:Tensor|None, demodulate:bool, up:bool, act:bool, clamp:float|None) -> Tensor:
     "Modulated convolution, noise, bias, activation, clamp: every gradient by autograd"
     y = modulated_conv(x, weight, style, demodulate, up)
     if noise is not None: y = y + noise.to(y.dtype)
@@ -157,7 +157,7 @@ class FrozenConv(torch.autograd.Function):
         if demodulate: g_style = g_style - style * ((e * (scale / gain).square()) @ weight.square().sum((2, 3)))
         return t, g_style.sum_to_size(style.shape), *(None,) * 7
 
-def styled_conv(m:nn.Module, x:Tensor, style:Tensor, noise:Tensor|None=None, demodulate:bool=True, up:bool=False, act:bool=True) -> Tensor:
+def styled_conv(m:"ModConv|ToImage", x:Tensor, style:Tensor, noise:Tensor|None=None, demodulate:bool=True, up:bool=False, act:bool=True) -> Tensor:
     "The convolution of a layer with `weight`, `bias` and `clamp`: `FrozenConv` where none of its own weights needs a gradient"
     how = noise, demodulate, up, act, m.clamp
     if torch.is_grad_enabled() and any(p.requires_grad for p in m.parameters(recurse=False)): return plain_conv(x, style, m.weight, m.bias, *how)
@@ -210,15 +210,16 @@ class Synthesis(nn.Module):
     def __init__(self, w_dim:int, channels:tuple, image_channels:int, noise:bool=False, clamp:float|None=None, clamp_gain:float=math.sqrt(2)):
         super().__init__()
         ins = (0,) + tuple(channels[:-1])
-        self.blocks = nn.ModuleList(SynthesisBlock(i, o, w_dim, image_channels, 4 * 2 ** k, noise=noise, clamp=clamp, clamp_gain=clamp_gain) for k, (i, o) in enumerate(zip(ins, channels)))
-        self.num_ws, self.w_dim, self.resolution = sum(b.num_convs for b in self.blocks) + 1, w_dim, 2 * 2 ** len(channels)
+        blocks = [SynthesisBlock(i, o, w_dim, image_channels, 4 * 2 ** k, noise=noise, clamp=clamp, clamp_gain=clamp_gain) for k, (i, o) in enumerate(zip(ins, channels))]
+        self.blocks, self.convs = nn.ModuleList(blocks), [b.num_convs for b in blocks]
+        self.num_ws, self.w_dim, self.resolution = sum(self.convs) + 1, w_dim, 2 * 2 ** len(channels)
     def forward(self, ws:Tensor, noise:bool=True) -> Tensor: # ws (B, num_ws, w_dim) -> (B, image_channels, resolution, resolution)
         check_shape(ws, "B N D", "ws", N=self.num_ws, D=self.w_dim)
         x = image = None
         i = 0
-        for block in self.blocks:
-            x, image = block(x, image, ws[:, i:i + block.num_convs + 1], noise)
-            i += block.num_convs
+        for block, n in zip(self.blocks, self.convs):
+            x, image = block(x, image, ws[:, i:i + n + 1], noise)
+            i += n
         return image
 
 # %% ../nbs/04_stylegan.ipynb #3bda7c00

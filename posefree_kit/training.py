@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['PLAIN', 'STATE', 'UnposedImages', 'd_loss', 'g_loss', 'r1_penalty', 'pose_loss', 'relit', 'blur', 'TrainConfig',
-           'has_bf16', 'TrainState', 'new_state', 'make_state', 'Fakes', 'calibrate', 'd_step', 'g_step',
+           'Processes', 'has_bf16', 'TrainState', 'new_state', 'make_state', 'Fakes', 'calibrate', 'd_step', 'g_step',
            'density_loss', 'wall_loss', 'symmetry_loss', 'ema_step', 'train_step', 'save_state', 'load_state',
            'sample_grid', 'fit', 'sound', 'step_back', 'grow', 'correlation', 'pose_figures', 'watch_poses']
 
 # %% ../nbs/08_training.ipynb #d67a11d1
-import copy, dataclasses, json, math, time, zipfile
+import copy, dataclasses, json, math, os, time, zipfile
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
@@ -17,13 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from .camera import Pose
-from .core import DivergedError, InputError, check_range, check_shape, config_from_dict, config_to_dict, finish_steps, image_grid, load_image, load_values, memory_advice, parse_json, read_torch, resize, resolve_device, rng, save_image, save_values, whole_file
+from .core import DivergedError, InputError, Part, batch_rand, check_range, check_shape, config_from_dict, config_to_dict, finish_steps, image_grid, load_image, load_values, memory_advice, parse_json, read_torch, resize, resolve_device, rng, save_image, save_values, whole_file
 from .discriminator import Discriminator, DiscriminatorConfig, grow_discriminator
-from .generator import GeneratorConfig, View
+from .generator import GeneratorConfig, Planes, View
 from .pose import PoseFreeGenerator
 
 # %% ../nbs/08_training.ipynb #c43b14f8
-PLAIN = dict(hair="short", hat=None, glasses=None, beard=None, mark=None, text=None, light=(.3, .5)) # an easier set to begin with
+PLAIN:dict = dict(hair="short", hat=None, glasses=None, beard=None, mark=None, text=None, light=(.3, .5)) # an easier set to begin with
 
 class UnposedImages:
     "A set of square images and nothing else: no pose, mask, depth or name has a place here"
@@ -33,10 +33,11 @@ class UnposedImages:
         if not d["N"]: raise InputError("images: expected at least one image, got none")
         self.images, self.mirror, self.resolution = images, mirror, d["R"]
     def __len__(self): return len(self.images)
-    def batch(self, n:int, generator:torch.Generator, device="cpu") -> Tensor: # (n, 3, R, R) in [-1, 1]
+    def batch(self, n:int, generator:torch.Generator, device="cpu", rows=slice(None)) -> Tensor: # (n, 3, R, R) in [-1, 1]; rows: only these of it
         "A random batch"
         i = torch.randint(len(self.images), (n,), generator=generator)
         flip = torch.rand(n, generator=generator) < .5
+        i, flip = i[rows], flip[rows]
         x = self.images[i].to(device).float() / 127.5 - 1
         return torch.where((flip & self.mirror).to(device)[:, None, None, None], x.flip(-1), x)
 
@@ -79,13 +80,13 @@ def pose_loss(read:Pose, true:Pose, unit:Tensor) -> Tensor: # unit (2,) radians
     return ((read.stack() - true.stack()) / unit).square().mean()
 
 @torch.no_grad()
-def relit(view:View, strength:float, focal:float, generator:torch.Generator) -> Tensor: # View of (B, ...) -> (B, 3, H, W) in [-1, 1]
+def relit(view:View, strength:float, focal:float, generator:torch.Generator|Part, depth:Tensor|None=None) -> Tensor: # View of (B, ...) -> (B, 3, H, W) in [-1, 1]; depth: their mean depth, if it is known
     "Generated images under another lamp each: Lambert's law on the normals of their own depth; a lamp stands anywhere in front, whatever the pose (ours)"
     z, weight, b = view.depth, view.weight, len(view.depth)
-    step = z.mean() / (focal * z.shape[-1])                                       # a pixel's side on the head
+    step = (z.mean() if depth is None else depth) / (focal * z.shape[-1])                                       # a pixel's side on the head
     dz = lambda axis: torch.gradient(z, spacing=float(step), dim=axis)[0]
     n = F.normalize(torch.cat([dz(3), -dz(2), torch.ones_like(z)], 1), dim=1)     # towards the camera: right, up, near
-    r = torch.rand(3, b, generator=generator).to(z)
+    r = batch_rand((3, b), generator, dim=1).to(z)
     azimuth, height, soft = 3 * r[0] - 1.5, 1.5 * r[1] - .3, .3 + .4 * r[2]
     lamp = torch.stack([azimuth.sin() * height.cos(), height.sin(), azimuth.cos() * height.cos()], 1)[:, :, None, None]
     lit = soft[:, None, None, None] + (n * lamp).sum(1, keepdim=True).clamp(min=0)
@@ -106,7 +107,7 @@ def blur(x:Tensor, sigma:float) -> Tensor: # (B, C, H, W); sigma in pixels
 @dataclass(frozen=True)
 class TrainConfig:
     "The training recipe; every value is ours (the paper trains no generator): what the shipped run came to, in stages"
-    batch:int = 32 # images a step
+    batch:int = 32 # images a step, over all processes
     g_rate:float = 0.0025 # Adam's rate, generator
     d_rate:float = 0.002 # Adam's rate, discriminator
     loss:str = "nonsaturating" # or "relativistic"
@@ -136,8 +137,60 @@ class TrainConfig:
         if self.loss not in ("nonsaturating", "relativistic"): raise InputError(f"TrainConfig.loss: expected nonsaturating or relativistic, got {self.loss!r}")
         check_range(self, 1, 1 << 20, "batch", "r1_every", "density_every")
 
+# %% ../nbs/08_training.ipynb #5e0c1a02
+@dataclass(frozen=True)
+class Processes:
+    "Who trains along, and what they tell each other; alone, everything comes back as it is"
+    rank:int = 0 # of this one
+    count:int = 1 # how many there are
+    main = property(lambda self: self.rank == 0) # the one that writes
+
+    @classmethod
+    def launched(cls, device="auto"): # -> Processes
+        "Those that `accelerate launch` began together"
+        if all(int(os.environ.get(k, 1)) < 2 for k in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")): return cls()
+        try: from accelerate import PartialState
+        except ImportError as e: raise InputError("several processes: expected the package accelerate (pip install 'posefree_kit[scale]'), which is not there") from e
+        p = PartialState(cpu=str(device) == "cpu")
+        return cls(p.process_index, p.num_processes)
+
+    def rows(self, batch:int, group:int) -> Tensor: # rising
+        "Which images of a batch are ours: whole groups of `group_std`"
+        g = math.gcd(batch, group)
+        if batch % (self.count * g): raise InputError(f"expected TrainConfig.batch (--batch) as a multiple of {self.count * group}, for {self.count} processes and groups of {group} images; got {batch}")
+        return torch.arange(batch).view(g, -1)[:, self.rank::self.count].flatten()
+
+    def mean(self, x:Tensor) -> Tensor: # over processes, without gradient
+        if self.count == 1: return x
+        from accelerate.utils import reduce
+        return reduce(x, "mean")
+    def sum(self, x:Tensor) -> Tensor: return self.mean(x.detach()) * self.count if self.count > 1 else x
+    def gather(self, x:Tensor) -> Tensor: # (b, ...) -> (B, ...)
+        if self.count == 1: return x
+        from accelerate.utils import gather
+        return gather(x.contiguous())
+    def middle(self, x:Tensor) -> Tensor: # (b, ...) -> (...)
+        "Everybody's mean, with the gradient of one's own"
+        own = x.mean(0)
+        return own if self.count == 1 else own + (self.mean(own.detach()) - own.detach())
+    def means(self, parts:dict) -> dict: # numbers by name
+        return parts if self.count == 1 else dict(zip(parts, self.mean(torch.tensor(list(parts.values()), dtype=torch.float64, device=self.device)).tolist()))
+    def any(self, ours:bool) -> bool: return ours if self.count == 1 else bool(self.mean(torch.tensor(float(ours), device=self.device)) > 0)
+    def wait(self): self.any(False)
+    @property
+    def device(self): # where messages are sent from
+        from accelerate import PartialState
+        return PartialState().device
+
+    def average(self, net:torch.nn.Module):
+        "The mean of everybody's gradients, in one message"
+        if self.count == 1: return
+        grads = [p.grad for p in net.parameters() if p.grad is not None]
+        flat = self.mean(torch.cat([g.flatten() for g in grads]))
+        for g, x in zip(grads, flat.split([g.numel() for g in grads])): g.copy_(x.view_as(g))
+
 # %% ../nbs/08_training.ipynb #d57f9b68
-def has_bf16(device) -> bool:
+def has_bf16(device:torch.device|str) -> bool:
     "Does this device multiply bfloat16 faster than float32? A CPU without such instructions imitates them, at a tenth of the speed"
     if torch.device(device).type == "cuda": return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.device(device).type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
@@ -153,10 +206,12 @@ class TrainState:
     config:TrainConfig
     seen:int = 0 # images so far
     trouble:str = "" # which loss stopped being finite: from there on at half the rate
+    share:Processes = Processes() # who trains along
 
     kimg = property(lambda self: self.seen / 1000)
     step = property(lambda self: self.seen // self.config.batch)
     device = property(lambda self: self.G.w_avg.device)
+    rows = property(lambda self: self.share.rows(self.config.batch, self.D.config.group)) # of the batch: those of this process
     bf16 = property(lambda self: has_bf16(self.device) if self.config.bf16 is None else self.config.bf16)
 
 def _adam(params, rate, every): # lazily regularised networks take fewer effective steps (StyleGAN2)
@@ -171,7 +226,7 @@ def new_state(generator:GeneratorConfig, discriminator:DiscriminatorConfig, conf
         G, D = PoseFreeGenerator(generator).start(config.seed), Discriminator(discriminator)
     return make_state(G.to(device), D.to(device), config)
 
-def make_state(G, D, config) -> TrainState:
+def make_state(G:PoseFreeGenerator, D:Discriminator, config:TrainConfig) -> TrainState:
     "A state around given networks, with fresh optimisers"
     ema = copy.deepcopy(G).requires_grad_(False)
     return TrainState(G, D, ema, _adam(G.parameters(), config.g_rate, config.density_every), _adam(D.parameters(), config.d_rate, config.r1_every), config)
@@ -179,16 +234,16 @@ def make_state(G, D, config) -> TrainState:
 class Fakes:
     "A batch of generated images with the poses they were rendered from"
     def __init__(self, s:TrainState, generator:torch.Generator):
-        c, n = s.config, s.config.batch
-        z = torch.randn(n, s.G.config.z_dim, generator=generator).to(s.device)
+        c, n, rows = s.config, s.config.batch, s.rows
+        z = torch.randn(n, s.G.config.z_dim, generator=generator)[rows].to(s.device)
         jitter_seed = int(torch.randint(2 ** 31, (1,), generator=generator))
         self.w = s.G.mapping(z)
         self.own = s.G.pose(self.w)
         sign, half = torch.ones(n, 2), int(n * c.flip_share)
         sign[:half // 2, 0] = -1; sign[half // 2:half, 1] = -1
-        self.pose = Pose.of(self.own.stack() * sign.to(s.device))
+        self.pose = Pose.of(self.own.stack() * sign[rows].to(s.device))
         with torch.autocast(s.device.type, torch.bfloat16, enabled=s.bf16): self.planes = s.G.planes(self.w)
-        self.view = s.G.render(self.planes, self.pose, jitter=1., generator=rng(jitter_seed, s.device))
+        self.view = s.G.render(self.planes, self.pose, jitter=1., generator=Part(rng(jitter_seed, s.device), n, rows))
 
 def calibrate(D:Discriminator, own:Tensor, read:Tensor, share:float): # (B, 2) each, in units
     "Move the discriminator's calibration towards this batch's"
@@ -199,19 +254,22 @@ def calibrate(D:Discriminator, own:Tensor, read:Tensor, share:float): # (B, 2) e
 
 def d_step(s:TrainState, fakes:Fakes, real:Tensor, sigma:float, generator:torch.Generator) -> dict:
     "One step of the discriminator: real from fake, and the pose of fakes"
-    c, D = s.config, s.D
+    c, D, share = s.config, s.D, s.share
     with torch.autocast(s.device.type, torch.bfloat16, enabled=s.bf16):
         seen = blur(fakes.view.rgb.detach(), sigma)
         fake = D(seen, fakes.pose.detach())
-        read = D(blur(relit(fakes.view, c.relight, s.G.config.focal, generator), sigma)).pose if c.relight else fake.pose
+        depth = share.mean(fakes.view.depth.detach().mean())
+        read = D(blur(relit(fakes.view, c.relight, s.G.config.focal, Part(generator, c.batch, s.rows), depth), sigma)).pose if c.relight else fake.pose
         judged = D(blur(real, sigma))
     parts = dict(d=d_loss(judged.score, fake.score, c.loss), pose=pose_loss(read, fakes.pose.detach(), D.unit))
     total = parts["d"] + c.pose_weight * parts["pose"]
     if s.step % c.r1_every == 0:
         parts["r1"] = r1_penalty(D, blur(real, sigma))
         total = total + c.r1_gamma / 2 * c.r1_every * parts["r1"]
-    s.opt_d.zero_grad(set_to_none=True); total.backward(); s.opt_d.step()
-    if c.calibrate: calibrate(D, fakes.own.stack().detach() / D.unit, judged.pose.stack().detach() / D.unit, c.calibrate)
+    s.opt_d.zero_grad(set_to_none=True); total.backward(); share.average(D); s.opt_d.step()
+    if c.calibrate:
+        own, shown = (share.gather(p.stack().detach() / D.unit) for p in (fakes.own, judged.pose))
+        calibrate(D, own, shown, c.calibrate)
     return {k: float(v.detach()) for k, v in parts.items()}
 
 def g_step(s:TrainState, fakes:Fakes, real:Tensor, sigma:float, generator:torch.Generator) -> dict:
@@ -221,28 +279,29 @@ def g_step(s:TrainState, fakes:Fakes, real:Tensor, sigma:float, generator:torch.
     with torch.autocast(s.device.type, torch.bfloat16, enabled=s.bf16):
         score = s.D(blur(fakes.view.rgb, sigma), fakes.pose).score
         parts = dict(g=g_loss(score, s.D(blur(real, sigma)).score if c.loss == "relativistic" else None, c.loss))
-    total = parts["g"] + c.mean_pose_weight * (fakes.own.stack().mean(0) / s.D.unit).square().sum()
+    total = parts["g"] + c.mean_pose_weight * (s.share.middle(fakes.own.stack()) / s.D.unit).square().sum()
     if s.step % c.density_every == 0:
-        parts["density"] = density_loss(s.G, fakes.planes, generator)
+        parts["density"] = density_loss(s.G, fakes.planes, Part(generator, c.batch, s.rows))
         total = total + c.density_weight * parts["density"]
     if c.wall_weight:
         parts["wall"] = wall_loss(fakes.view, s.G.config.radius)
         total = total + c.wall_weight * parts["wall"]
     if c.symmetry_weight:
-        parts["symmetry"] = symmetry_loss(s.G, fakes.planes[:8], generator)
+        eight = s.rows[s.rows < 8]
+        parts["symmetry"] = symmetry_loss(s.G, Planes(*(x[:len(eight)] for x in fakes.planes)), Part(generator, min(8, c.batch), eight), share=s.share)
         total = total + c.symmetry_weight * parts["symmetry"]
-    s.opt_g.zero_grad(set_to_none=True); total.backward()
+    s.opt_g.zero_grad(set_to_none=True); total.backward(); s.share.average(s.G)
     if s.kimg < c.hold_kimg:
         for p in s.G.pose_learner.parameters(): p.grad = None
     s.opt_g.step()
     s.D.requires_grad_(True)
     return {k: float(v.detach()) for k, v in parts.items()}
 
-def density_loss(G, planes, generator:torch.Generator, points:int=500) -> Tensor:
+def density_loss(G:PoseFreeGenerator, planes:Planes, generator:torch.Generator|Part, points:int=500) -> Tensor:
     "Mean absolute difference of density between points 0.4 % of the box apart (EG3D's regulariser)"
     c, b = G.config, len(planes.w_last)
-    x = (torch.rand(b, points, 3, generator=generator) - .5) * c.box
-    x = torch.cat([x, x + .004 * c.box * torch.randn(b, points, 3, generator=generator)], 1).to(planes.w_last.device)
+    x = (batch_rand((b, points, 3), generator) - .5) * c.box
+    x = torch.cat([x, x + .004 * c.box * batch_rand((b, points, 3), generator, draw=torch.randn)], 1).to(planes.w_last.device)
     sigma = F.softplus(G.field(planes, x)[0] - 1) * c.density_scale
     return (sigma[:, :points] - sigma[:, points:]).abs().mean()
 
@@ -250,21 +309,22 @@ def wall_loss(view:View, radius:float, behind:float=.1) -> Tensor: # View of (B,
     "Optical depth of rays that stop more than `behind` past the head's centre: a background painted on a solid wall turns with the head; it belongs to the background network (ours)"
     return (-torch.log1p(-.999 * view.weight) * (view.depth > radius + behind)).mean()
 
-def symmetry_loss(G, planes, generator:torch.Generator, size:int=32, scale:float=.05) -> Tensor: # planes of (B, ...) -> scalar in [0, 1]
+def symmetry_loss(G:PoseFreeGenerator, planes:Planes, generator:torch.Generator|Part, size:int=32, scale:float=.05, share:Processes=Processes()) -> Tensor: # planes of (B, ...) -> scalar in [0, 1]
     "How unlike depth from pose 0 is to its mirror image between brows, cheeks and mouth, where both halves are covered; differences far over `scale` (a strand before the face) no longer count (ours)"
-    view = G.render(planes, Pose.deg([0.] * len(planes.w_last)), size=size, jitter=1., generator=generator)
+    if not len(planes.w_last): return 0 * share.sum(planes.w_last.sum().detach()) # this process has none of the eight
+    view = G.render(planes, Pose.deg([0.] * len(planes.w_last), device=planes.w_last.device), size=size, jitter=1., generator=generator)
     across, down = slice(round(.34 * size), size - round(.34 * size)), slice(round(.4 * size), round(.72 * size)) # where portraits have their faces
     depth, weight = (x[..., down, across] for x in (view.depth, view.weight))
     both = (weight * weight.flip(-1)).detach()
     off = (depth - depth.flip(-1)).square()
-    return (both * off / (off + scale ** 2)).sum() / both.sum().clamp(min=1)
+    return share.count * (both * off / (off + scale ** 2)).sum() / share.sum(both.sum()).clamp(min=1)
 
 @torch.no_grad()
 def ema_step(s:TrainState, w:Tensor):
     "Move the averaged generator towards the current one"
     half = min(s.config.ema_kimg * 1000, max(s.seen, 1) * s.config.ema_ramp)
     beta = .5 ** (s.config.batch / max(half, 1e-8))
-    s.G.w_avg.lerp_(w.detach().mean(0), .005)
+    s.G.w_avg.lerp_(s.share.mean(w.detach().mean(0)), .005)
     for a, b in zip(s.ema.parameters(), s.G.parameters()): a.lerp_(b, 1 - beta)
     for a, b in zip(s.ema.buffers(), s.G.buffers()): a.copy_(b)
 
@@ -276,29 +336,29 @@ def train_step(s:TrainState, images:UnposedImages, easy:UnposedImages|None=None)
     start, full = c.condition_kimg
     s.D.condition = min(1., max(0., (s.kimg - start) / max(full - start, 1e-6)))
     if s.D.old_rgb is not None: s.D.fade = min(1., s.kimg / c.fade_kimg) if c.fade_kimg else 1.
-    real = images.batch(c.batch, g, s.device)
+    real = images.batch(c.batch, g, s.device, s.rows)
     if easy is not None:
         a, b = c.easy_kimg
-        pick = torch.rand(c.batch, generator=g) < (b - s.kimg) / max(b - a, 1e-6)
-        real = torch.where(pick.to(s.device)[:, None, None, None], easy.batch(c.batch, g, s.device), real)
+        pick = (torch.rand(c.batch, generator=g) < (b - s.kimg) / max(b - a, 1e-6))[s.rows]
+        real = torch.where(pick.to(s.device)[:, None, None, None], easy.batch(c.batch, g, s.device, s.rows), real)
     fakes = Fakes(s, g)
-    parts = d_step(s, fakes, real, sigma, g) | g_step(s, fakes, real, sigma, g)
+    parts = s.share.means(d_step(s, fakes, real, sigma, g) | g_step(s, fakes, real, sigma, g))
     bad = [k for k, v in parts.items() if not math.isfinite(v)]
     if bad: raise FloatingPointError(f"loss {bad[0]} is {parts[bad[0]]} at step {s.step} ({s.kimg:.3f} kimg)")
     ema_step(s, fakes.w)
     s.seen += c.batch
-    own = torch.rad2deg(fakes.own.stack().detach())
+    own = torch.rad2deg(s.share.gather(fakes.own.stack().detach()))
     return parts | dict(yaw_sd_deg=float(own[:, 0].std()), yaw_mean_deg=float(own[:, 0].mean()), pitch_sd_deg=float(own[:, 1].std()))
 
 # %% ../nbs/08_training.ipynb #63403df3
 STATE = "run.state" # its name in the folder of a run
 
-def save_state(s:TrainState, path):
+def save_state(s:TrainState, path:Path|str):
     "The whole run as one file of tensors and plain values, with its SHA-256"
     save_values(dict(G=s.G.state_dict(), D=s.D.state_dict(), ema=s.ema.state_dict(), opt_g=s.opt_g.state_dict(), opt_d=s.opt_d.state_dict(), seen=s.seen, growing=s.D.old_rgb is not None, trouble=s.trouble,
                      generator=config_to_dict(s.G.config), discriminator=config_to_dict(s.D.config), config=config_to_dict(s.config)), path)
 
-def load_state(path, device="cpu") -> TrainState:
+def load_state(path:Path|str, device="cpu") -> TrainState:
     "Read a run back; a file that is damaged, or holds anything else, is an `InputError`"
     d = read_torch(path, Path(path).name) if zipfile.is_zipfile(path) else load_values(path, device) # early states are in torch's own format
     try:
@@ -346,51 +406,58 @@ def fit(
     "Train within a budget; log.jsonl, samples/*.png and run.state appear in `out`. A run that is killed at any moment goes on from there and ends the same"
     from tqdm.auto import tqdm
     if minutes is None and kimg is None: raise InputError("fit: expected a budget, minutes or kimg")
+    share = Processes.launched(device)
     out, device = Path(out), resolve_device(device)
-    found = resume and (out/STATE).exists()
+    found = share.any(resume and (out/STATE).exists())
     s = load_state(out/STATE, device) if found else start or new_state(generator, discriminator, config, device)
+    s.share = share
     for x in (images, easy):
         if x is not None and x.resolution != s.G.resolution: raise InputError(f"fit: expected images of {s.G.resolution} pixels, got {x.resolution}")
-    if not found: save_state(s, out/STATE) # there is a state to go back to, and a folder that cannot be written shows at once
+    share.rows(s.config.batch, s.D.config.group) # an uneven split shows at once
+    if not found and share.main: save_state(s, out/STATE) # there is a state to go back to, and a folder that cannot be written shows at once
     log, t0 = _log(out, s), time.time()
     last, seen0, recent = t0, s.seen, []
-    def save(): # the state comes last: what is not in it is done again
+    def save(): # by one process; the state comes last: what is not in it is done again
+        if not share.main: return
         figures = dict(kimg=round(s.kimg, 3), minutes=round((time.time() - t0) / 60, 2), img_per_s=round((s.seen - seen0) / (time.time() - t0), 1))
         figures |= {k: round(float(np.mean([r[k] for r in recent if k in r])), 4) for k in sorted({k for r in recent for k in r})} | (watch(s) if watch else {})
         log.append(json.dumps(figures))
         with whole_file(out/"log.jsonl") as tmp: tmp.write_text("\n".join(log) + "\n")
         save_image(sample_grid(s.ema), out/f"samples/{int(s.kimg):06d}kimg.png")
         save_state(s, out/STATE)
-    bar = tqdm(total=round(kimg, 3) if kimg else None, initial=round(s.kimg, 3), unit="kimg", disable=not progress, mininterval=2)
+    bar = tqdm(total=round(kimg, 3) if kimg else None, initial=round(s.kimg, 3), unit="kimg", disable=not (progress and share.main), mininterval=2)
     advice = f"half of TrainConfig.batch (now {s.config.batch}; --batch {s.config.batch // 2 or 1} in a new folder) takes about half of it"
     with bar, finish_steps() as stop, memory_advice(advice):
         if compiled: s.G.compile_march(); s.ema.compile_march()
-        while not stop and (minutes is None or time.time() - t0 < minutes * 60) and (kimg is None or s.kimg < kimg):
+        over = lambda: bool(stop) or minutes is not None and time.time() - t0 >= minutes * 60 or kimg is not None and s.kimg >= kimg
+        while not share.any(over()):
             try:
                 recent.append(train_step(s, images, easy))
-                due = time.time() - last > save_minutes * 60
+                due = share.any(time.time() - last > save_minutes * 60)
                 if due and not sound(s): raise FloatingPointError(f"a weight is not finite at step {s.step} ({s.kimg:.3f} kimg)")
             except FloatingPointError as e:
-                s, recent = step_back(e, out/STATE, device), []
+                s, recent = step_back(e, out/STATE, device, share), []
                 if compiled: s.G.compile_march(); s.ema.compile_march()
-                bar.write(f"note: {s.trouble}: back to {s.kimg:.3f} kimg, and on at half the rate"); continue
+                if share.main: bar.write(f"note: {s.trouble}: back to {s.kimg:.3f} kimg, and on at half the rate")
+                continue
             bar.update(s.config.batch / 1000); bar.set_postfix(d=f"{recent[-1]['d']:.2f}", g=f"{recent[-1]['g']:.2f}", yaw_sd=f"{recent[-1]['yaw_sd_deg']:.0f}", refresh=False)
             if due: save(); last, recent = time.time(), []
         if recent and sound(s): save()
-    if stop: raise KeyboardInterrupt(f"stopped at {s.kimg:.3f} kimg, saved in {out/STATE}: --resume goes on")
+    if share.any(bool(stop)): raise KeyboardInterrupt(f"stopped at {s.kimg:.3f} kimg, saved in {out/STATE}: --resume goes on")
     return s
 
 def sound(s:TrainState) -> bool:
     "Is every weight a number?"
     return all(bool(p.isfinite().all()) for net in (s.G, s.D, s.ema) for p in net.state_dict().values())
 
-def step_back(why, path, device) -> TrainState:
+def step_back(why:Exception, path:Path, device:torch.device, share:Processes=Processes()) -> TrainState:
     "The last state that was saved, with half the rates; the second time, a `DivergedError` that carries it"
     s = load_state(path, device)
+    s.share = share; share.wait() # all have read before one writes
     if s.trouble: raise DivergedError(f"{s.trouble}; at half the rate, {why}: stopped; the last good state is of {s.kimg:.3f} kimg", s)
     for group in s.opt_g.param_groups + s.opt_d.param_groups: group["lr"] /= 2
     s.trouble = str(why)
-    save_state(s, path)
+    if share.main: save_state(s, path)
     return s
 
 def _log(out, s) -> list: # the lines of a log up to a state
@@ -408,7 +475,7 @@ def grow(small:TrainState, g_channels:int, d_channels:int, config:TrainConfig) -
     missing = G.load_state_dict(small.ema.state_dict(), strict=False)
     new = f"synthesis.blocks.{len(c.channels)}."
     if missing.unexpected_keys or not all(k.startswith(new) for k in missing.missing_keys): raise InputError(f"grow: weights do not fit: {missing}")
-    with torch.no_grad(): G.synthesis.blocks[-1].to_image.weight.mul_(.02)
+    with torch.no_grad(): G.get_parameter(f"{new}to_image.weight").mul_(.02)
     return make_state(G, D, config)
 
 # %% ../nbs/08_training.ipynb #c1e890e5

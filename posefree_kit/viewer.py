@@ -176,7 +176,7 @@ def silhouette(generator, planes, uv:Tensor, side:float=.1, size:int=128) -> Ten
     return F.grid_sample(head.float(), uv[:, None] * 2 - 1, mode="nearest", align_corners=False)[0, 0, 0] > .5
 
 def density_grid(
-    generator, planes,
+    generator, planes, # the latter of one code: (1, ...)
     resolution:int=96, # grid points a side
     side:float=.1, # lengths behind the head's centre from which on the frontal view sees background
     back:float=.22, # lengths behind the head's centre where the head ends
@@ -300,7 +300,7 @@ def surface_figure(
     return fig
 
 def depth_figure(view, pose:Pose, config, **kwargs): return surface_figure([seen_surface(view, pose, config, **kwargs)]) # the seen surface, coloured by depth
-def point_figure(view, pose:Pose, config, **kwargs): return surface_figure([seen_surface(view, pose, config, **dict(title="points that this view sees", jump=math.inf) | kwargs)], dots=True) # in their own colours
+def point_figure(view, pose:Pose, config, title="points that this view sees", jump=math.inf, **kwargs): return surface_figure([seen_surface(view, pose, config, title, jump, **kwargs)], dots=True) # in their own colours
 
 # %% ../nbs/16_viewer.ipynb #16d00002
 def surface_still(
@@ -758,7 +758,8 @@ def _look_around(s:Session): # View of 3 images: the reconstruction, and turned 
     with torch.no_grad():
         pose = G.pose(state.w)
         side = [turn(pose, math.radians(a)) for a in AROUND]
-        all_ = Pose(*(torch.cat([getattr(p, k) for p in (pose, *side)]) for k in ("yaw", "pitch")), None if pose.radius is None else pose.radius.repeat(3))
+        yaw, pitch = (torch.cat([getattr(p, k) for p in (pose, *side)]) for k in ("yaw", "pitch"))
+        all_ = Pose(yaw, pitch, None if pose.radius is None else pose.radius.repeat(3))
         return G.render(G.planes(state.w[:, None] + state.deltas(G)), all_), pose
 
 # %% ../nbs/16_viewer.ipynb #16b00007
@@ -939,7 +940,7 @@ def triptych(generator, ws:Tensor, pose:Pose, near=None, far=None, turn_deg:floa
 
 def scrubber(
     states:dict, # step -> InvertState of one image, such as a session's `snapshots`
-    generator,
+    generator, # PoseFreeGenerator
     limit:int=12, # pictures at most
 ) -> Flipbook:
     "Step through where a run has been: reconstruction, view from the side, depth"
@@ -955,7 +956,7 @@ def scrubber(
 # %% ../nbs/16_viewer.ipynb #16c00006
 def weights_grid(
     image:Tensor, # (1, 3, R, R)
-    generator,
+    generator, # PoseFreeGenerator
     config:InvertConfig, # of each run; keep it short
     first:tuple=("geo", (0., 1., 30.)), # a knob, and the values it is held at
     second:tuple=("mv", (0., 1., 30.)),

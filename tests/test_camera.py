@@ -1,25 +1,13 @@
-"Geometry that must hold from every viewpoint."
+"Poses, positions and frames. (What holds for any pose: test_invariants.py.)"
 import json
 import math
 import torch
 from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file
 from conftest import reference
-from posefree_kit.camera import FOCAL, Pose, align_pose, cam2world, camera_position, fit_frame, intrinsics, mirror, pose_of_position, project, rays, turn, unproject
+from posefree_kit.camera import FOCAL, Pose, align_pose, cam2world, camera_position, fit_frame, intrinsics, pose_of_position, rays, turn
 
 angle = st.floats(-1.25, 1.25)
-
-
-@settings(deadline=None)
-@given(angle, angle, st.integers(2, 9))
-def test_out_and_back(yaw, pitch, size):
-    pose = Pose(torch.tensor([yaw]), torch.tensor([pitch]))
-    m, k = cam2world(pose), intrinsics()
-    depth = 2 + torch.rand(1, 1, size, size, generator=torch.Generator().manual_seed(0))
-    uv, dist = project(unproject(depth, m, k), m, k)
-    c = (torch.arange(size) + .5) / size
-    assert torch.allclose(uv[0].view(size, size, 2), torch.stack(torch.meshgrid(c, c, indexing="xy"), -1), atol=1e-4)
-    assert torch.allclose(dist, depth.flatten(1), atol=1e-4)
 
 
 @settings(deadline=None)
@@ -28,7 +16,6 @@ def test_position_and_pose_are_inverse(yaw, pitch):
     pose = Pose(torch.tensor([yaw]), torch.tensor([pitch]))
     assert torch.allclose(pose_of_position(camera_position(pose)).stack(), pose.stack(), atol=1e-4)
     assert torch.allclose(camera_position(pose).norm(dim=-1), torch.tensor(2.7), atol=1e-4)
-    assert torch.allclose(camera_position(mirror(pose)) * torch.tensor([-1., 1, 1]), camera_position(pose), atol=1e-6)
 
 
 def test_the_middle_ray_meets_the_origin():

@@ -1,19 +1,8 @@
-"Two routes agree; nothing is lost; solids are where they are."
+"Solids are where they are, and gradients are right. (What holds for any field: test_invariants.py.)"
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
 from posefree_kit.core import InputError
-from posefree_kit.rendering import alpha_from_density, coarse_depths, composite, fine_depths, interval_weights, march, render_rays, softplus_density, weights_from_alpha, weights_from_density
-
-
-@settings(deadline=None)
-@given(st.integers(2, 24), st.floats(.1, 200.), st.integers(0, 10 ** 6))
-def test_routes_agree_and_nothing_is_lost(n, scale, seed):
-    g = torch.Generator().manual_seed(seed)
-    sigma, delta = torch.rand(3, n, generator=g, dtype=torch.float64) * scale, torch.rand(3, n, generator=g, dtype=torch.float64) * .1
-    a, b = weights_from_alpha(alpha_from_density(sigma, delta)), weights_from_density(sigma, delta)
-    assert torch.allclose(a, b, atol=1e-10) and (a >= 0).all()
-    assert torch.allclose(a.sum(-1) + torch.exp(-(sigma * delta).sum(-1)), torch.ones(3, dtype=torch.float64))
+from posefree_kit.rendering import coarse_depths, composite, fine_depths, interval_weights, march, render_rays, softplus_density
 
 
 def test_march_is_the_midpoint_rule():

@@ -93,7 +93,7 @@ def test_the_lock_pins_what_the_requirements_allow():
     lines = [line for line in (ROOT/"requirements-lock.txt").read_text().splitlines() if not line.startswith("#")]
     pins = dict(line.split("==") for line in lines)
     assert len(pins) == len(lines) and all(re.fullmatch(r"[a-z0-9-]+==[0-9][\w.]*", line) for line in lines)
-    for r in (Requirement(x) for k in ("requirements", "notebooks_requirements", "scale_requirements", "dev_requirements") for x in cfg["DEFAULT"][k].split()):
+    for r in (Requirement(x) for k in ("requirements", "scale_requirements", "notebooks_requirements", "dev_requirements") for x in cfg["DEFAULT"][k].split()):
         assert r.specifier.contains(pins[canonicalize_name(r.name)]), r
 
 def test_glossary_names_are_the_names_in_the_code():
