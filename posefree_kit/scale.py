@@ -12,6 +12,7 @@ import bisect, contextlib, ctypes, dataclasses, errno, itertools, math, os, plat
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Callable
 import torch
 from PIL import Image
 from torch import Tensor
@@ -37,13 +38,13 @@ class Item:
     index:int # its place in the input
     name:str # as the rows call it
     folder:str # of its files, inside the run's
-    source:object # a path, the bytes of an image file, or None where the table's cell is empty
+    source:str|bytes|None # a path, the bytes of an image file, or None where the table's cell is empty
 
 @dataclass
 class Listing:
     "What is to be inverted, in order; images that lie in a table are read when they are asked for"
     names:list
-    sources:object # indexable: index -> path, bytes or None
+    sources:Any # indexable: index -> path, bytes or None
     digest:str # of names (and of a table's size): the same input, the same digest
     def __len__(self): return len(self.names)
     def items(self, first:int, last:int) -> list: return [Item(i, self.names[i], self.folders[i], self.sources[i]) for i in range(first, min(last, len(self)))]
@@ -60,7 +61,7 @@ class Stored:
     "A column of a Parquet file: images' bytes, their paths, or both as a struct; one row group is in memory at a time"
     def __init__(self, path:Path):
         pq, pa = need("pyarrow.parquet"), need("pyarrow")
-        self.home, self.at, self.rows = path.parent, None, None
+        self.home, self.at = path.parent, -1 # at: the row group in memory
         try: self.file = pq.ParquetFile(path)
         except (OSError, pa.ArrowException) as e: raise InputError(f"expected a Parquet file, got {str(path)!r}: {' '.join(str(e).split())[:200]}") from e
         there = self.file.schema_arrow.names
@@ -121,8 +122,8 @@ class Job:
     device:str = "auto"
     cores:int = 2 # CPU threads of a worker
     compiled:bool = False # render by the compiled march
-    read:object = read_square # path -> image (1, 3, S, S), what is known of the alignment (a dictionary or None)
-    write:object = None # called as `viewer.write_results`: an image's files; None: rows only
+    read:Callable = read_square # path -> image (1, 3, S, S), what is known of the alignment (a dictionary or None)
+    write:Callable|None = None # called as `viewer.write_results`: an image's files; None: rows only
     more:dict = field(default_factory=dict) # what else decides the results, for run.json (JSON values)
 
     def __post_init__(self):
@@ -234,7 +235,8 @@ class Worker:
         for i, it in enumerate(items):
             row = dict(index=it.index, image=it.name, folder=it.folder if self.job.write else "", error=None, trouble=inv.report.get("trouble"), yaw_deg=angles[i][0], pitch_deg=angles[i][1], seconds=seconds, w=inv.w[i].tolist(), deltas=inv.deltas[i].tolist())
             row |= {k: v if (v := figures[k][i]) is not None and math.isfinite(v) else None for k in FIGURES}
-            try: self.files(it, *seen[it.index], one_of(inv, i, seconds), notes)
+            image, aligned = seen[it.index]
+            try: self.files(it, image, aligned, one_of(inv, i, seconds), notes)
             except (InputError, OSError) as e:
                 if getattr(e.__cause__, "errno", getattr(e, "errno", None)) in FULL: raise Halt(str(e)) from e
                 row = failed_row(it, e)
