@@ -20,7 +20,7 @@ from readme import readme
 from tree import ROOT, notebooks, tree_copy
 
 MODULES = sorted(p.stem for p in (ROOT/"posefree_kit").glob("*.py") if p.stem[0] != "_")
-LAZY = "plotly jupyter_core jupyter_client IPython ipykernel ipywidgets anywidget lpips open_clip facenet_pytorch torchmetrics matplotlib skimage trimesh imageio nbdev fastcore".split()
+LAZY = "plotly jupyter_core jupyter_client IPython ipykernel ipywidgets anywidget lpips open_clip facenet_pytorch torchmetrics matplotlib skimage trimesh imageio nbdev fastcore ray pyarrow pandas".split()
 # The chapters in order, and what each may import itself; what those may import is allowed as well.
 MAY_IMPORT = dict(
     core="", camera="core", portraits="camera", rendering="core camera", stylegan="core", generator="rendering stylegan", pose="generator",

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from posefree_kit.camera import Pose
-from posefree_kit.generator import FrozenField, GeneratorConfig, add_rows, plane_table, pof3d_config, row_dots, sample_planes, sample_planes_plain
+from posefree_kit.generator import FrozenField, GeneratorConfig, add_rows, add_scene_rows, plane_table, pof3d_config, row_dots, sample_planes, sample_planes_plain
 from posefree_kit.pose import PoseFreeGenerator
 from posefree_kit.rendering import march, march_eg3d, render_rays, render_rays_eg3d, softplus_density
 from posefree_kit.stylegan import FrozenConv, ModConv, ToImage, modulated_conv, plain_conv, scaled_conv, upsample
@@ -150,6 +150,8 @@ def test_rows_are_added_where_they_were_read():
     want = torch.zeros(12, 4)                                                      # rows 9, 10 and 11 are never read
     for k in range(3): want.index_add_(0, index[:, k], d * weight[:, k:k + 1])
     assert torch.allclose(add_rows(d, index, weight, 12), want, atol=1e-5)
+    both = torch.cat([index, index + 12]), torch.cat([weight, weight * 2])
+    assert torch.allclose(add_scene_rows(torch.cat([d, d]), *both, 24, 2), add_rows(torch.cat([d, d]), *both, 24), atol=1e-5)
     table = torch.randn(12, 4, generator=g)
     assert torch.allclose(row_dots(d, table, index), (table[index.long()] * d[:, None]).sum(-1), atol=1e-5)
 

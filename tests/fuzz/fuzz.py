@@ -185,7 +185,7 @@ def fuzz(n:int, seed:int, folder, minutes:float=1e9, say=print) -> dict: # kind 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument("--n", type=int, default=10_000); p.add_argument("--seed", type=int, default=0); p.add_argument("--minutes", type=float, default=1e9)
+    p.add_argument("--n", type=int, default=10_000); p.add_argument("--seed", type=int, default=0); p.add_argument("--minutes", type=float, default=1e9); p.add_argument("--json", type=Path, help="write the counts here too")
     a = p.parse_args()
     resource.setrlimit(resource.RLIMIT_AS, (12 << 30, 12 << 30))
     with tempfile.TemporaryDirectory() as tmp: found = fuzz(a.n, a.seed, tmp, a.minutes)
@@ -196,6 +196,7 @@ def main():
         total.update(refused=c.get("refused", 0), accepted=c.get("accepted", 0), wrong=bad)
         print(f"{kind:16s}{c.get('refused', 0):9d}{c.get('accepted', 0):9d}{bad:7d}{c['seconds']:8.2f}s{c['mb']:9.1f}")
     print(f"{'in all':16s}{total['refused']:9d}{total['accepted']:9d}{total['wrong']:7d}")
+    if a.json: a.json.write_text(json.dumps(dict(cases=sum(total.values()), **total, slowest_s=max(c["seconds"] for c in found.values()), most_mb=max(c["mb"] for c in found.values()), kinds=found)))
     sys.exit(bool(total["wrong"]))
 
 if __name__ == "__main__": main()

@@ -1,4 +1,4 @@
-"""Train, invert and evaluate, killed at random moments: what a rerun with --resume ends with is what an unbroken run ends with, to the bit.
+"""Train, invert, evaluate and scale, killed at random moments: what a rerun with --resume ends with is what an unbroken run ends with, to the bit.
 
     python tests/fuzz/kills.py --n 20 --seed 0
 
@@ -23,7 +23,7 @@ import torch
 from small import D8, G8, generator, picture
 from typer.testing import CliRunner
 
-from posefree_kit import cli, evaluation, optimiser
+from posefree_kit import cli, evaluation, optimiser, scale as many
 from posefree_kit.core import sha256
 from posefree_kit.optimiser import Stage, quick
 from posefree_kit.training import TrainConfig, UnposedImages, fit
@@ -38,7 +38,7 @@ def posefree(*args) -> tuple: # exit code, lines of stderr
     if r.exception is not None and not isinstance(r.exception, SystemExit): raise r.exception
     return r.exit_code, [line for line in r.stderr.splitlines() if line.strip()]
 
-# The three commands, in small
+# The four commands, in small
 
 def train(home, out, resume):
     pictures = UnposedImages(torch.randint(256, (16, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)))
@@ -52,7 +52,11 @@ def evaluate(home, out, resume):
     code, err = posefree("evaluate", "--out", out, "--generator", home/"generator.safetensors", "--sets", "self", "--n", 5, "--batch", 2, "--device", "cpu", "--no-progress", *(["--resume"] if resume else []))
     if code: print(*err, file=sys.stderr); sys.exit(code)
 
-COMMANDS = dict(train=train, invert=invert, evaluate=evaluate)
+def scale(home, out, resume):
+    code, err = posefree("scale", "--input", home/"list.txt", "--out", out, "--generator", home/"generator.safetensors", "--local", "--batch", 2, "--cores", 1, "--device", "cpu", "--no-progress", "--no-mesh", "--no-video", *(["--resume"] if resume and (Path(out)/"run.json").exists() else []))
+    if code: print(*err, file=sys.stderr); sys.exit(code)
+
+COMMANDS = dict(train=train, invert=invert, evaluate=evaluate, scale=scale)
 LOOSE = {"seconds", "peak_mb", "minutes", "img_per_s"} # time and memory
 
 def tight(x): # without what differs from run to run
@@ -66,6 +70,7 @@ def contents(out) -> dict: # file -> what must be the same
         name = p.relative_to(out).as_posix()
         if p.is_dir() or name in ("table.md", "table.csv") or name.startswith("figures/"): continue
         if p.suffix == ".json": found[name] = tight(json.loads(p.read_text()))
+        elif p.suffix == ".parquet": found[name] = [tight(row) for row in many.need("pyarrow.parquet").read_table(p).to_pylist()]
         elif p.suffix == ".jsonl": found[name] = [tight(json.loads(line)) for line in p.read_text().splitlines()]
         else: found[name] = sha256(p)
     return found
@@ -145,7 +150,7 @@ def full_disk(folder:Path, names, say=print):
     def limited(command, out, most):
         def run(): signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (most, most)); command(home, out, True)
         return run
-    for name, most, before in (("invert", 30_000, "0"), ("evaluate", 3_000, None), ("train", 10_000, None)):
+    for name, most, before in (("invert", 30_000, "0"), ("evaluate", 3_000, None), ("train", 10_000, None), ("scale", 20_000, None)):
         if name not in names: continue
         out, whole = folder/f"{name}-full", contents(folder/f"{name}-whole")
         if before is not None: # one image is done already
@@ -161,11 +166,11 @@ def full_disk(folder:Path, names, say=print):
 def ctrl_c(folder:Path, names, say=print):
     "Saved, and told how to go on"
     home = folder/"home"
-    for name, text in (("train", "--resume goes on"), ("invert", "--resume"), ("evaluate", "--resume goes on")):
+    for name, text in (("train", "--resume goes on"), ("invert", "--resume"), ("evaluate", "--resume goes on"), ("scale", "--resume goes on")):
         if name not in names: continue
         out = folder/f"{name}-stopped"
         def run():
-            first = {"train": (evaluation.Path, "write_text"), "invert": (cli, "skip"), "evaluate": (evaluation.RowFile, "append")}[name]
+            first = {"train": (evaluation.Path, "write_text"), "invert": (cli, "skip"), "evaluate": (evaluation.RowFile, "append"), "scale": (many, "save_rows")}[name]
             f, seen = getattr(*first), []
             def spy(*args, **kwargs):
                 seen.append(1)
@@ -181,14 +186,16 @@ def ctrl_c(folder:Path, names, say=print):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument("--n", type=int, default=20); p.add_argument("--seed", type=int, default=0); p.add_argument("--only", choices=list(COMMANDS))
+    p.add_argument("--n", type=int, default=20); p.add_argument("--seed", type=int, default=0); p.add_argument("--only", choices=list(COMMANDS)); p.add_argument("--json", type=Path, help="write the counts here too")
     a = p.parse_args()
     with tempfile.TemporaryDirectory() as tmp:
         folder = Path(tmp); (folder/"home").mkdir()
         generator(folder/"home"/"generator")
         for i in range(3): picture(i, 32).save(folder/"home"/f"{i}.png")
+        (folder/"home"/"list.txt").write_text("".join(f"{i}.png\n" for i in range(3)))
         names = [a.only] if a.only else list(COMMANDS)
-        for name in names: prove(name, a.n, a.seed, folder)
+        survived = {name: prove(name, a.n, a.seed, folder) for name in names}
         full_disk(folder, names); ctrl_c(folder, names)
+    if a.json: a.json.write_text(json.dumps(dict(runs=a.n * len(names), kills=sum(survived.values()), full_disks=len(names), ctrl_c=len(names))))
 
 if __name__ == "__main__": main()
