@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from .camera import Pose
-from .core import InputError, check_range, check_shape, config_from_dict, config_to_dict, open_tensors, read_json, read_network, read_torch, resolve_device, save_json, sha256, tensor_bytes, whole_file
+from .core import Hollow, InputError, check_range, check_shape, config_from_dict, config_to_dict, open_tensors, read_json, read_network, read_torch, resolve_device, save_json, sha256, tensor_bytes, whole_file
 from .discriminator import Discriminator, DiscriminatorConfig
 from .generator import AXES, GeneratorConfig
 from .pose import PoseFreeGenerator, look_at_pose
@@ -342,7 +342,7 @@ def _import(path, config, device, where, reader):
         warnings.simplefilter("always")
         c = options if isinstance(options, GeneratorConfig) else official_config(options, axes)
     for h in heard: warnings.warn(str(h.message), stacklevel=3)
-    with torch.device("meta"): empty = PoseFreeGenerator(c)
+    with Hollow(): empty = PoseFreeGenerator(c)
     check_official(empty, state, where)
     G = fill_official(PoseFreeGenerator(c), state, where)
     if isinstance(options, dict) and flat_options(options).get("backbone_noise_mode") == "none":
@@ -478,7 +478,7 @@ def official_reader(
     first = state.get(f"b{sizes[0]}.fromrgb.weight")
     if first is None or first.ndim != 4 or first.shape[1] not in (3, 6): raise InputError(f"discriminator: expected b{sizes[0]}.fromrgb.weight of 3 or 6 inputs, got {None if first is None else tuple(first.shape)}")
     config = ReaderConfig(tuple(width), 0 if linear else len(state["b4.cam_out1.weight"]), first.shape[1] == 6, render_resolution, clamp)
-    with torch.device("meta"): own = {reader_name(k, config.resolution): v for k, v in OfficialReader(config).state_dict().items()}
+    with Hollow(): own = {reader_name(k, config.resolution): v for k, v in OfficialReader(config).state_dict().items()}
     if wrong := [f"{k} {tuple(state[k].shape) if k in state else 'missing'} instead of {tuple(v.shape)}" for k, v in own.items() if k not in state or state[k].shape != v.shape]:
         raise InputError(f"discriminator: expected the tensors of a pose branch at {config.resolution} pixels, got {len(wrong)} others: {', '.join(wrong[:12])}")
     if odd := [k for k in own if not (state[k].is_floating_point() and state[k].isfinite().all())]: raise InputError(f"discriminator: expected finite numbers, got others in {odd[0]}")

@@ -344,7 +344,7 @@ def scale(
     video:Annotated[bool, typer.Option(help="Write turntable.mp4.")]=True,
     compiled:Annotated[bool, typer.Option("--compiled", help="Render by the compiled march (CPU; needs a C++ compiler).")]=False,
     progress:Annotated[bool, typer.Option(help="Show rate and time left.")]=True,
-):
+): # -> scale.Summary
     "Invert many images: one Parquet row each, on one machine or on a Ray cluster."
     from posefree_kit import scale as many
     from posefree_kit.checkpoints import load_generator

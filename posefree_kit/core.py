@@ -8,7 +8,7 @@ __all__ = ['GLOSSARY', 'MAX_SIDE', 'MAX_PIXELS', 'MANY_PIXELS', 'FORMATS', 'Net'
            'tensor_to_image', 'load_image', 'readable', 'resize', 'image_grid', 'sha256', 'whole_file', 'finish_steps',
            'memory_advice', 'save_image', 'save_json', 'config_to_dict', 'config_hash', 'config_from_dict',
            'check_range', 'parse_json', 'read_json', 'tensor_digest', 'tensor_bytes', 'save_tensors', 'open_tensors',
-           'load_tensors', 'read_network', 'save_values', 'load_values', 'read_torch']
+           'load_tensors', 'Hollow', 'read_network', 'save_values', 'load_values', 'read_torch']
 
 # %% ../nbs/00_core.ipynb #09285743
 import contextlib, dataclasses, glob, hashlib, io, json, math, os, platform, random, signal, threading, types, typing, warnings, zipfile
@@ -360,6 +360,13 @@ def load_tensors(path, kind:str="") -> tuple: # tensors, values; kind: the `form
 # %% ../nbs/00_core.ipynb #7f1d0a04
 Net = typing.TypeVar("Net", bound=torch.nn.Module) # whichever network is handed in comes back
 
+class Hollow(torch.overrides.TorchFunctionMode):
+    "Networks made inside have shapes and no memory. `torch.device(\"meta\")` does that too, but its random numbers and quotients cost 2 s of imports the first time"
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.randn: return torch.empty(*args, device="meta")
+        if func is torch.Tensor.div: return args[0]
+        with torch.device("meta"): return func(*args, **kwargs or {})
+
 def read_network(
     make:typing.Callable[[], Net], # () -> the module; called twice: first without memory, to compare
     path, # a .safetensors file
@@ -367,7 +374,7 @@ def read_network(
     besides:tuple=(), # endings of names that need not be there
 ) -> Net:
     "A network with the numbers of a file. Names, shapes and types are checked before anything is allocated, and every number must be finite"
-    with torch.device("meta"): want = {k: v for k, v in make().state_dict().items() if not k.endswith(besides or "/")}
+    with Hollow(): want = {k: v for k, v in make().state_dict().items() if not k.endswith(besides or "/")}
     name, float_ = Path(path).name, ("F16", "BF16", "F32")
     with open_tensors(path) as (f, _):
         there = {k[len(prefix):]: f.get_slice(k) for k in f.keys() if k.startswith(prefix)}

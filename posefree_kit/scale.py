@@ -144,7 +144,7 @@ def failed_row(item:Item, why) -> dict: # why: a text, or an exception
     text = why if isinstance(why, str) else ("" if isinstance(why, InputError) else f"{type(why).__name__}: ") + str(why)
     return dict(index=item.index, image=item.name, folder="", error=" ".join(text.split())[:500])
 
-def save_rows(rows:list, path):
+def save_rows(rows:list, path:Path|str):
     "A Parquet file of rows, whole"
     pa, pq = need("pyarrow"), need("pyarrow.parquet")
     with whole_file(path) as tmp: pq.write_table(pa.Table.from_pylist(rows, schema=row_schema()), tmp)
@@ -427,7 +427,7 @@ def scale(
         failed = sum(e is not None for e in need("pyarrow.parquet").read_table(out/"rows.parquet", columns=["error"])["error"].to_pylist())
     return Summary(n, failed, sum(map(size, todo)), time.time() - start, out)
 
-def run(images:Listing, job:Job, todo:list, local, workers, address, retries, patience, progress, say, callback):
+def run(images:Listing, job:Job, todo:list, local:bool, workers:int|None, address:str|None, retries:int, patience:float, progress:bool, say, callback): # say and callback as for `scale`
     "The batches that are not done yet, by whoever is there to do them"
     from tqdm import tqdm
     batches = (Batch(k, images.items(k * job.batch, (k + 1) * job.batch)) for k in todo)

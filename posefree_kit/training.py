@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from .camera import Pose, mirror
-from .core import DivergedError, InputError, Part, batch_rand, check_range, check_shape, config_from_dict, config_to_dict, finish_steps, image_grid, load_image, load_values, memory_advice, parse_json, read_torch, resize, resolve_device, rng, save_image, save_values, whole_file
+from .core import DivergedError, Hollow, InputError, Part, batch_rand, check_range, check_shape, config_from_dict, config_to_dict, finish_steps, image_grid, load_image, load_values, memory_advice, parse_json, read_torch, resize, resolve_device, rng, save_image, save_values, whole_file
 from .discriminator import Discriminator, DiscriminatorConfig, grow_discriminator
 from .generator import GeneratorConfig, Planes, View
 from .pose import PoseFreeGenerator
@@ -386,7 +386,7 @@ def _growing(config, growing):
     return D
 
 def _filled(make, state): # a network with given tensors; compared before anything is allocated
-    with torch.device("meta"): want = make().state_dict()
+    with Hollow(): want = make().state_dict()
     if bad := [k for k in {**want, **state} if k not in want or k not in state or want[k].shape != state[k].shape]: raise InputError(f"unknown, missing or misshapen tensors {bad[:4]}")
     net = make(); net.load_state_dict(state)
     return net

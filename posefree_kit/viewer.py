@@ -6,14 +6,14 @@
 __all__ = ['SCENE', 'HUES', 'NO_LOSS', 'KNOBS', 'LATENT', 'TUNED', 'FILES', 'METRICS', 'FIELDS', 'AROUND', 'MOVE', 'look',
            'save_figure', 'depth_range', 'depth_image', 'save_depth', 'comparison', 'turntable_poses', 'turntable',
            'MeshInfo', 'silhouette', 'density_grid', 'surface_level', 'mesh', 'view_points', 'Surface', 'seen_surface',
-           'surface_figure', 'depth_figure', 'point_figure', 'surface_still', 'plotly_offline', 'loss_curves',
-           'loss_plot', 'Knob', 'planned', 'steered', 'check_knob', 'Wheel', 'Engine', 'Session', 'inversion_of',
-           'save_session', 'config_of', 'replay', 'save_latent', 'load_latent', 'finite', 'full_report', 'lpips_alex',
-           'write_results', 'spark', 'Live', 'panel', 'Glass', 'Cockpit', 'cockpit', 'Flipbook', 'triptych', 'scrubber',
-           'weights_grid', 'pose_view', 'depth_against', 'against_truth']
+           'plotly_parts', 'surface_figure', 'depth_figure', 'point_figure', 'surface_still', 'plotly_offline',
+           'loss_curves', 'loss_plot', 'Knob', 'planned', 'steered', 'check_knob', 'Wheel', 'Engine', 'Session',
+           'inversion_of', 'save_session', 'config_of', 'replay', 'save_latent', 'load_latent', 'finite', 'full_report',
+           'lpips_alex', 'write_results', 'spark', 'Live', 'panel', 'Glass', 'Cockpit', 'cockpit', 'Flipbook',
+           'triptych', 'scrubber', 'weights_grid', 'pose_view', 'depth_against', 'against_truth']
 
 # %% ../nbs/16_viewer.ipynb #edb26f6a
-import base64, dataclasses, html, io, itertools, json, math, queue, threading, time
+import base64, contextlib, dataclasses, html, io, itertools, json, math, queue, sys, threading, time
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -277,13 +277,24 @@ def _ends(surfaces) -> tuple: # ends of the colours; symmetric about 0 for error
     low, high = shown.quantile(torch.tensor([.01, .99])).tolist()
     return (-max(-low, high, 1e-3), max(-low, high, 1e-3)) if surfaces[0].error else (low, max(high, low + 1e-3))
 
+def plotly_parts() -> tuple: # plotly.graph_objects, make_subplots
+    "plotly asks nbformat, which asks jsonschema, which builds 38 grammars for a kind of address that nothing here has: 2.5 s, left out"
+    skip = "rfc3987_syntax" not in sys.modules
+    if skip: sys.modules["rfc3987_syntax"] = None # as if it were not installed
+    try:
+        with contextlib.suppress(ImportError): import nbformat
+        import plotly.graph_objects as go
+        from plotly.subplots import make_subplots
+    finally:
+        if skip: del sys.modules["rfc3987_syntax"]
+    return go, make_subplots
+
 def surface_figure(
     surfaces:list, # `Surface`s, side by side on one scale of colours for depth and one for errors
     dots:bool=False, # points in their own colours instead of a surface
 ): # a plotly Figure
     "Turn it with the mouse"
-    import plotly.graph_objects as go
-    from plotly.subplots import make_subplots
+    go, make_subplots = plotly_parts()
     if not surfaces: raise InputError("surface_figure: expected at least one surface, got none")
     fig = make_subplots(1, len(surfaces), specs=[[dict(type="scene")] * len(surfaces)], subplot_titles=[s.title for s in surfaces], horizontal_spacing=.02)
     for i, s in enumerate(surfaces, 1):
@@ -331,6 +342,7 @@ def surface_still(
 
 def plotly_offline():
     "Make plotly figures show in JupyterLab and in static pages without a network (pages need plotly.min.js beside them)"
+    plotly_parts()
     import plotly.io as pio
     from plotly.io import base_renderers
     class Offline(base_renderers.MimetypeRenderer): # plotly's own renderers ask the network for MathJax
@@ -797,8 +809,7 @@ class Glass(Live):
         return W.FloatSlider(planned(plan, k, 0), min=knob.low, max=knob.high, step=.01, **style)
 
     def _chart(self):
-        import plotly.graph_objects as go
-        from plotly.subplots import make_subplots
+        go, make_subplots = plotly_parts()
         fig = go.FigureWidget(make_subplots(1, 2, column_widths=[.62, .38], subplot_titles=("weight × loss", "pose, degrees")))
         for k, hue in HUES.items(): fig.add_scatter(x=[], y=[], name=k, mode="lines", line=dict(color=hue, width=2.4 if k == "total" else 1.4), row=1, col=1)
         fig.add_scatter(x=[], y=[], text=[], name="by hand", mode="markers", marker=dict(symbol="diamond", size=10, color="#D55E00"), row=1, col=1)

@@ -89,3 +89,12 @@ def test_rng_streams_are_independent():
 
 
 def test_grid_shape(): assert image_grid(torch.zeros(7, 3, 5, 5), 4, pad=1).shape == (1, 3, 11, 23)
+
+
+def test_hollow_networks_have_shapes_and_no_memory():
+    from posefree_kit.core import Hollow
+    from posefree_kit.generator import Generator, GeneratorConfig
+    with Hollow(): empty = Generator(GeneratorConfig(channels=(8, 8)))
+    full = Generator(GeneratorConfig(channels=(8, 8)))
+    assert {k: (v.shape, v.dtype) for k, v in empty.state_dict().items()} == {k: (v.shape, v.dtype) for k, v in full.state_dict().items()}
+    assert {p.device.type for p in empty.parameters()} == {"meta"} and {p.device.type for p in full.parameters()} == {"cpu"}

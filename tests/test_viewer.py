@@ -344,3 +344,10 @@ def test_background_is_cut_from_a_mesh(tmp_path):
     cut, whole = (mesh(Before(), torch.zeros(1, 4), tmp_path/f"{i}.ply", resolution=48, **k) for i, k in enumerate((dict(), dict(side=9., back=9.))))
     size = [trimesh.load(m.path).extents for m in (cut, whole)]
     assert cut.watertight and size[0][0] < .46 and size[1][0] > .55 and size[0][2] < .46
+
+
+def test_plotly_comes_without_what_checks_addresses():
+    "38 grammars that nobody needs are 2.5 s of the cockpit's start; afterwards the package is there for whoever wants it"
+    import subprocess, sys
+    code = "import sys\nfrom posefree_kit.viewer import plotly_parts\ngo, _ = plotly_parts(); go.FigureWidget()\nprint('rfc3987_syntax' in sys.modules, 'lark' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == ["False", "False"]

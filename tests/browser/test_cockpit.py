@@ -1,4 +1,5 @@
 "The cockpit by a real browser: JupyterLab and Chromium, driven by playwright; skipped, with the reason, where one of them is not there."
+import contextlib
 import json
 import os
 import re
@@ -42,11 +43,9 @@ def until(what, condition, seconds=120):
         time.sleep(.2)
     return got
 
-@pytest.fixture(scope="module")
-def lab(chromium, tmp_path_factory): # without Chromium no server is started
-    "A JupyterLab of its own: folder, address"
-    pytest.importorskip("jupyterlab", reason="JupyterLab is not installed")
-    home = tmp_path_factory.mktemp("lab")
+@contextlib.contextmanager
+def jupyter(home, cells, threads=1):
+    "A JupyterLab of its own with a notebook of these cells: its folder, the notebook's address"
     before = dict(os.environ)
     private_jupyter(home/"jupyter")
     for name in ("JUPYTERLAB_SETTINGS_DIR", "JUPYTERLAB_WORKSPACES_DIR"): os.environ[name] = str(home/name.lower())
@@ -55,10 +54,10 @@ def lab(chromium, tmp_path_factory): # without Chromium no server is started
     work = home/"work"; work.mkdir()
     shutil.copy(ROOT/"data"/"portrait_10000002.png", work/"face.png")
     shutil.copy(ROOT/"nbs"/"tutorials"/"quick_tour.ipynb", work)
-    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in CELLS], metadata=dict(kernelspec=dict(name="python3", display_name="Python 3 (ipykernel)", language="python")))
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells], metadata=dict(kernelspec=dict(name="python3", display_name="Python 3 (ipykernel)", language="python")))
     nbformat.write(nb, work/"cockpit.ipynb")
     port, token = free_port(), "posefree"
-    env = os.environ | dict(PYTHONPATH=os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])), HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
+    env = os.environ | dict(PYTHONPATH=os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])), HF_HUB_OFFLINE="1", OMP_NUM_THREADS=str(threads))
     log = open(home/"lab.log", "w")
     server = subprocess.Popen([sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}", f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={work}"], env=env, stdout=log, stderr=log)
     try:
@@ -73,6 +72,11 @@ def lab(chromium, tmp_path_factory): # without Chromium no server is started
         try: server.wait(20)
         except subprocess.TimeoutExpired: server.kill()
         log.close(); os.environ.clear(); os.environ.update(before)
+
+@pytest.fixture(scope="module")
+def lab(chromium, tmp_path_factory): # without Chromium no server is started
+    pytest.importorskip("jupyterlab", reason="JupyterLab is not installed")
+    with jupyter(tmp_path_factory.mktemp("lab"), CELLS) as it: yield it
 
 @pytest.fixture
 def page(chromium, lab):
