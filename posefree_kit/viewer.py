@@ -13,7 +13,7 @@ __all__ = ['SCENE', 'HUES', 'NO_LOSS', 'KNOBS', 'LATENT', 'TUNED', 'FILES', 'MET
            'triptych', 'scrubber', 'weights_grid', 'pose_view', 'depth_against', 'against_truth']
 
 # %% ../nbs/16_viewer.ipynb #edb26f6a
-import base64, contextlib, dataclasses, html, io, itertools, json, math, queue, sys, threading, time
+import base64, contextlib, dataclasses, html, importlib, io, itertools, json, math, queue, sys, threading, time
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -282,7 +282,7 @@ def plotly_parts() -> tuple: # plotly.graph_objects, make_subplots
     skip = "rfc3987_syntax" not in sys.modules
     if skip: sys.modules["rfc3987_syntax"] = None # as if it were not installed
     try:
-        with contextlib.suppress(ImportError): import nbformat
+        with contextlib.suppress(ImportError): importlib.import_module("nbformat")
         import plotly.graph_objects as go
         from plotly.subplots import make_subplots
     finally:
@@ -820,7 +820,7 @@ class Glass(Live):
 # %% ../nbs/16_viewer.ipynb #16b00008
 class Cockpit(Glass):
     "What moves: drawing on the session's thread, hands on the kernel's, which never waits for a step"
-    def __init__(self, session:Session, folder="out/cockpit", name:str="image", share:float=.12, size:int=150): # size: of the pictures, pixels
+    def __init__(self, session:Session, folder="out/cockpit", name:str="image", share:float=.08, size:int=150): # size: of the pictures, pixels
         super().__init__(session, folder, size)
         self.name, self.share, self.drawing, self.syncing, self.next, self.told, self.draws, self.saver, self.news = name, share, threading.RLock(), None, 0., 0., 0, None, ""
         for k, b in self.buttons.items(): b.on_click(lambda _, k=k: self._press(k))
@@ -909,7 +909,7 @@ def cockpit(
     config:InvertConfig=quick(), # the plan that the hand departs from
     folder="out/cockpit", # where `save` writes, until another is typed in
     name:str="image", # what the report calls the image
-    share:float=.12, # largest share of the time that the display may take
+    share:float=.08, # largest share of the time that the display may take
     **kwargs, # of `Session`: psi, phi, every
 ) -> Cockpit:
     "The live inversion: show it as the last line of a cell"

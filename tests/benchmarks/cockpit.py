@@ -1,6 +1,6 @@
 """The cockpit in a real JupyterLab and Chromium: seconds from Run to its first pictures, steps a second with the display on, and what the display costs.
 
-    python tests/benchmarks/cockpit.py [--threads 2] [--rounds 4] [--json FILE]
+    python tests/benchmarks/cockpit.py [--threads 2] [--rounds 2] [--json FILE]
 
 Steps with and without the display alternate in one run, in each of the two stages; the start search comes before.
 """
@@ -34,13 +34,13 @@ def rate(steps, shown):
     return dict(shown=shown, steps_per_s=steps / (time.perf_counter() - t), draws=c.draws - d)
 def rounds(n, steps): return [rate(steps, shown) for i in range(n) for shown in ((True, False) if i % 2 else (False, True))]
 rate(2, True)                                            # with the start search
-half = rounds({n}, 16)
+half = rounds({n}, 30)
 rate(150 - c.session.state.step, False)
-save_json(dict(half=half, full=rounds({n}, 12)), "measured.json")"""
+save_json(dict(half=half, full=rounds({n}, 30)), "measured.json")"""
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--threads", type=int, default=2); p.add_argument("--rounds", type=int, default=4); p.add_argument("--json", type=Path)
+    p.add_argument("--threads", type=int, default=2); p.add_argument("--rounds", type=int, default=2, choices=(1, 2)); p.add_argument("--json", type=Path)
     a = p.parse_args()
     if not CHROMIUM: sys.exit("expected Chromium on the PATH (make chromium), found none")
     with tempfile.TemporaryDirectory() as tmp, sync_playwright() as play, jupyter(Path(tmp), [OPEN, MEASURE.replace("{n}", str(a.rounds))], a.threads) as (work, address):
