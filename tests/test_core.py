@@ -98,3 +98,20 @@ def test_hollow_networks_have_shapes_and_no_memory():
     full = Generator(GeneratorConfig(channels=(8, 8)))
     assert {k: (v.shape, v.dtype) for k, v in empty.state_dict().items()} == {k: (v.shape, v.dtype) for k, v in full.state_dict().items()}
     assert {p.device.type for p in empty.parameters()} == {"meta"} and {p.device.type for p in full.parameters()} == {"cpu"}
+
+
+def test_what_goes_wrong_says_so(tmp_path):
+    "Blocks that do not fail, full memory, cut files, values of another shape, a damaged archive"
+    from posefree_kit.core import expect_fail, load_tensors, load_values, memory_advice, read_torch, save_tensors, save_values
+    with pytest.raises(AssertionError, match="nothing failed"), expect_fail("anything"): pass
+    with pytest.raises(AssertionError, match="expected an error with 'this'"), expect_fail("this"): raise InputError("that")
+    with pytest.raises(InputError, match="take half"), memory_advice("take half"): raise torch.OutOfMemoryError("out of memory. Tried much")
+    nest = {"a": [torch.ones(2), 1, None], 3: {"b": "text"}}
+    save_values(nest, tmp_path/"whole.state")
+    back = load_values(tmp_path/"whole.state")
+    assert torch.equal(back["a"].pop(0), torch.ones(2)) and back == {"a": [1, None], 3: {"b": "text"}}
+    (tmp_path/"cut.state").write_bytes((tmp_path/"whole.state").read_bytes()[:-3])
+    with pytest.raises(InputError, match="expected a whole .safetensors file"): load_tensors(tmp_path/"cut.state")
+    save_tensors({}, tmp_path/"other.state", format="posefree_kit values 1", tree={"tensor": 5})
+    with pytest.raises(InputError, match="expected values by name"): load_values(tmp_path/"other.state")
+    with pytest.raises(InputError, match="expected a file of tensors, got noise"): read_torch(b"noise", "noise")
