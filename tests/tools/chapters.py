@@ -70,7 +70,7 @@ def execute(
         left = lambda cell: max(1, int(start + timeout - time.time()))
         try:
             done = papermill.execute_notebook(run, Path(tmp)/"done.ipynb", parameters, kernel_name="python3", language="python", cwd=path.parent, progress_bar=False, request_save_on_cell_execute=False,
-                                              timeout_func=left, store_widget_state=False, extra_arguments=["--IPKernelApp.log_level=ERROR"])
+                                              timeout_func=left, store_widget_state=False, extra_arguments=["--IPKernelApp.log_level=CRITICAL"])
         except papermill.PapermillExecutionError as e: trouble = f"cell {at.get(_failed(Path(tmp)/'done.ipynb'), 'of the runner')}:\n{told(str(e))}"
         except CellTimeoutError: trouble = f"took longer than {timeout:g} s"
         except DeadKernelError as e: trouble = f"its kernel died: {e}"
