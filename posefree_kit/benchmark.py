@@ -169,13 +169,13 @@ def speed(
 
 def speed_markdown(r:dict) -> str: # r: what `speed` gives
     "The report to read"
-    number = lambda x, form: "-" if x is None else format(x, form)
+    number = lambda x, form, least=0.: "-" if x is None or x < least else format(x, form)
     g, f = r["generator"], r["floor"]
     lines = [f"Generator {g['name']} {g['sha256']}, {g['resolution']} x {g['resolution']}, {g['parameters'] / 1e6:.2f} M parameters; {r['device']} ({r['where']}), {r['threads']} thread(s); medians of {r['rounds']} rounds in turns, {r['clock']}; "
              f"{'compiled' if r['compiled'] else 'plain'} march; " + ", ".join(f"{k} {v}" for k, v in r["versions"].items()), "",
              f"The floor, measured in the same run: {f['gflop_per_second']:.0f} GFLOP/s in matrix products, {f['gb_per_second']:.1f} GB/s copied.", "",
              "| part | makes | seconds | plain, seconds | plain / kit | GFLOP | share of the floor |", "|-|-|-:|-:|-:|-:|-:|"]
-    lines += [f"| {x['part']} | {x['makes']} | {x['seconds']:.4f} | {number(x['plain_seconds'], '.4f')} | {number(x['ratio'], '.2f')} | {number(x['gflop'], '.2f')} | {number(x['floor_share'], '.0%')} |" for x in r["parts"]]
+    lines += [f"| {x['part']} | {x['makes']} | {x['seconds']:.4f} | {number(x['plain_seconds'], '.4f')} | {number(x['ratio'], '.2f')} | {number(x['gflop'], '.2f', .005)} | {number(x['floor_share'], '.0%', .005)} |" for x in r["parts"]]
     if r["inversions"]: lines += ["", "| whole inversion | steps | seconds | PSNR, dB |", "|-|-:|-:|-:|"] + [f"| {x['preset']} | {x['steps']} | {x['seconds']:.1f} | {x['psnr_db']:.1f} |" for x in r["inversions"]]
     return "\n".join(lines) + "\n"
 
