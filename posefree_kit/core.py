@@ -405,7 +405,7 @@ def record(
 ) -> Figures:
     "The figures that a notebook is judged by; an `InputError` if there are none, or one is no finite number"
     if not figures: raise InputError("record: expected at least one figure, got none")
-    try: found = Figures({k: float(v) for k, v in figures.items()})
+    try: found = Figures({k: float(v.detach() if isinstance(v, Tensor) else v) for k, v in figures.items()})
     except (TypeError, ValueError, RuntimeError) as e: raise InputError(f"record: expected a number for each figure; {e}") from e
     bad = {k: v for k, v in found.items() if not math.isfinite(v)}
     if bad: raise InputError(f"record: expected finite numbers, got {bad}")
