@@ -1,7 +1,7 @@
 # Everything starts here: `make demo` and `make test` need Python 3.11 to 3.13 and make, and set up the rest by themselves.
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-browser chromium lab chapters export docs audit coverage clean
+.PHONY: help setup demo test test-cuda test-browser chromium lab chapters goldens export docs audit coverage clean
 BIN := .venv/bin
 # The environment is rebuilt when the requirements (or the folder's place) change; otherwise a second run starts at once.
 STAMP := .venv/.setup-$(shell (pwd; cat settings.ini setup.py) | cksum | cut -d' ' -f1)
@@ -30,9 +30,12 @@ demo: setup ## invert a portrait with the shipped generator: make demo [PORTRAIT
 	@echo && echo "The pictures are in out/demo/$(basename $(notdir $(PORTRAIT)))/ (open comparison.png first):" \
 		&& ls out/demo/$(basename $(notdir $(PORTRAIT)))
 
-test: setup ## library and notebooks agree, every chapter executes, pytest (in a browser too, where Chromium is installed)
-	@rc=0; $(RUN) $(BIN)/python tests/tools/agree.py || rc=1; $(RUN) $(BIN)/python tests/tools/chapters.py || rc=1; \
+test: setup ## library and notebooks agree, every notebook runs by papermill and keeps its figures, pytest (in a browser too, where Chromium is installed)
+	@rc=0; $(RUN) $(BIN)/python tests/tools/agree.py || rc=1; $(RUN) $(BIN)/python tests/notebooks/run.py || rc=1; \
 		$(RUN) $(BIN)/python -m pytest -n 2 --dist loadgroup tests || rc=1; exit $$rc
+
+test-cuda: setup ## on a CUDA machine: every notebook with the real settings, CPU against CUDA, bf16, memory, the same twice (elsewhere: skipped, and said)
+	@rc=0; $(RUN) $(BIN)/python tests/notebooks/run.py --profile cuda || rc=1; $(RUN) $(BIN)/python -m pytest tests/notebooks/test_cuda.py || rc=1; exit $$rc
 
 test-browser: chromium setup ## open the site, and drive the cockpit in JupyterLab, by Chromium, which is installed first on Debian
 	$(RUN) $(BIN)/python -m pytest -s tests/browser tests/test_site.py
@@ -48,6 +51,10 @@ lab: setup ## read and run everything in JupyterLab, from the quick tour on
 
 chapters: setup ## execute the chapters in place and keep their pictures: make chapters [NAMES="01_camera 05_generator"]
 	$(RUN) $(BIN)/python tests/tools/chapters.py --save $(NAMES)
+	@$(BIN)/python tests/tools/readme.py
+
+goldens: setup ## accept the figures that the notebooks give now, which executes them in place: make goldens [NAMES="12_optimiser"]
+	$(RUN) $(BIN)/python tests/notebooks/run.py --renew $(NAMES)
 	@$(BIN)/python tests/tools/readme.py
 
 export: setup ## notebooks -> posefree_kit/*.py and README.md, after an edit

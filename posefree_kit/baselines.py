@@ -92,6 +92,7 @@ class TunedBatch:
         if name == "members" or name.startswith("__"): raise AttributeError(name)
         return getattr(self.members[0], name)
     def __getitem__(self, i:int) -> PoseFreeGenerator: return self.members[i]
+    def to(self, device): return TunedBatch([G.to(device) for G in self.members])
     def planes(self, ws:Tensor) -> Planes: # (B, num_ws, w_dim) or (B, w_dim), B as many as generators
         if len(ws) != len(self.members): raise InputError(f"TunedBatch: expected {len(self.members)} latents, one a generator, got {len(ws)}")
         return Planes(*(torch.cat(x) for x in zip(*(G.planes(w[None]) for G, w in zip(self.members, ws)))))

@@ -6,7 +6,7 @@
 __all__ = ['app', 'SPLIT', 'say', 'out_of', 'command', 'complete', 'Job', 'writable', 'inversion_config', 'framing_for', 'photo',
            'read_square', 'claim', 'skip', 'optimise', 'one_image', 'Outcome', 'invert', 'render',
            'latent_and_generator', 'portraits', 'cut_out', 'scale', 'names', 'evaluate', 'architecture', 'train',
-           'grown', 'training_images', 'train_encoder', 'import_official', 'Diagnosis', 'doctor']
+           'grown', 'training_images', 'train_encoder', 'import_official', 'benchmark', 'Diagnosis', 'doctor']
 
 # %% ../nbs/18_cli.ipynb #8ef8ee84
 import errno, functools, json, math, os, sys, tempfile
@@ -549,6 +549,28 @@ def import_official(
     path = checkpoints.save_checkpoint(out, G, G.reader)
     say(f"{path}: {G.resolution} pixels, rays at {G.render_resolution}; source SHA-256 {G.sha256[:12] or 'unknown'}")
     return G
+
+# %% ../nbs/18_cli.ipynb #benchcl2
+@command
+def benchmark(
+    out:Annotated[Path, typer.Option(help="NAME: the reports become NAME.json and NAME.md.")],
+    generator:Annotated[str, typer.Option(help="A shipped generator or a .safetensors file.")]="portraits",
+    presets:Annotated[str, typer.Option(help="Also time whole inversions, by presets: quick, paper (a minute and more each).")]="",
+    rounds:Annotated[int, typer.Option(help="The median of so many counts.")]=5,
+    size:Annotated[int, typer.Option(help="Of the training step: pixels a side, 16 or 32.")]=32,
+    batch:Annotated[int, typer.Option(help="Of the training step: pictures.")]=8,
+    device:Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]="auto",
+    overwrite:Annotated[bool, typer.Option("--overwrite", help="Replace reports that are there.")]=False,
+) -> dict: # what chapter 17a's `speed` gives
+    "Measure how fast this machine is at every part."
+    from posefree_kit.benchmark import save_speed, speed, speed_markdown
+    from posefree_kit.checkpoints import load_generator
+    from posefree_kit.core import InputError
+    there = [p for s in (".json", ".md") if (p := Path(out).with_suffix(s)).exists()]
+    if there and not overwrite: raise InputError(f"expected a new report, got {str(there[0])!r}, which is there: --overwrite replaces it")
+    r = speed(load_generator(generator, device), rounds, names(presets), size, batch, say=lambda text: say(text, err=True))
+    say(speed_markdown(r)); say(" ".join(map(str, save_speed(r, out))))
+    return r
 
 # %% ../nbs/18_cli.ipynb #fb7595ea
 @dataclass

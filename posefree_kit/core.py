@@ -8,7 +8,7 @@ __all__ = ['GLOSSARY', 'MAX_SIDE', 'MAX_PIXELS', 'MANY_PIXELS', 'FORMATS', 'Net'
            'tensor_to_image', 'load_image', 'readable', 'resize', 'image_grid', 'sha256', 'whole_file', 'finish_steps',
            'memory_advice', 'save_image', 'save_json', 'config_to_dict', 'config_hash', 'config_from_dict',
            'check_range', 'parse_json', 'read_json', 'tensor_digest', 'tensor_bytes', 'save_tensors', 'open_tensors',
-           'load_tensors', 'Hollow', 'read_network', 'save_values', 'load_values', 'read_torch']
+           'load_tensors', 'Hollow', 'read_network', 'save_values', 'load_values', 'read_torch', 'Figures', 'record']
 
 # %% ../nbs/00_core.ipynb #09285743
 import contextlib, dataclasses, glob, hashlib, io, json, math, os, platform, random, signal, threading, types, typing, warnings, zipfile
@@ -423,3 +423,21 @@ def read_torch(source, name:str): # source: a path, or bytes
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except InputError: raise
     except Exception as e: raise bad(' '.join(str(e).split())[:160] or type(e).__name__) from e
+
+# %% ../nbs/00_core.ipynb #reco0002
+class Figures(dict):
+    "Name -> number; a notebook shows it as a table"
+    def _repr_markdown_(self): return "\n".join(["|figure|value|", "|-|-:|"] + [f"|{k}|{v:.5g}|" for k, v in self.items()])
+
+def record(
+    result_path=None, # JSON file to write, whole; None: the figures are only shown
+    **figures, # name -> number, or a tensor of one: what a change must not make worse, the unit at the end of the name
+) -> Figures:
+    "The figures that a notebook is judged by; an `InputError` if there are none, or one is no finite number"
+    if not figures: raise InputError("record: expected at least one figure, got none")
+    try: found = Figures({k: float(v.detach() if isinstance(v, Tensor) else v) for k, v in figures.items()})
+    except (TypeError, ValueError, RuntimeError) as e: raise InputError(f"record: expected a number for each figure; {e}") from e
+    bad = {k: v for k, v in found.items() if not math.isfinite(v)}
+    if bad: raise InputError(f"record: expected finite numbers, got {bad}")
+    if result_path is not None: save_json(found, result_path)
+    return found

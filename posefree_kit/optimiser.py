@@ -8,7 +8,7 @@ __all__ = ['PRESETS', 'Schedule', 'constant', 'ramp', 'warm_cosine', 'Stage', 'I
            'InvertState', 'adam_step', 'Step', 'run', 'Inversion', 'prepare', 'invert', 'result']
 
 # %% ../nbs/12_optimiser.ipynb #51aad3c1
-import dataclasses, math, time
+import copy, dataclasses, math, time
 from dataclasses import dataclass
 from typing import Any
 import torch
@@ -322,6 +322,12 @@ class Inversion:
     report:dict # what was done: generator, space, preset, seed, device, seconds, steps, pose, backends, stages
     state:InvertState # hand it back to `invert(..., state=...)` to go on
     generator:Any = None # what renders it, if a method tuned a copy of the generator (chapter 14); None: the given one
+
+    def to(self, device): # -> Inversion
+        "The same on another device, to look at there; `state` stays where the run can go on"
+        moved = lambda x: x.to(device) if hasattr(x, "to") else x
+        generator = self.generator and copy.deepcopy(self.generator).to(device)
+        return Inversion(*map(moved, (self.w, self.deltas, self.ws, self.pose)), type(self.view)(*map(moved, self.view)), [{k: moved(v) for k, v in t.items()} for t in self.trace], self.report, self.state, generator)
 
 def prepare(image:Tensor, generator:PoseFreeGenerator, config:InvertConfig, psi=None, phi=None) -> tuple: # Networks, target (B, 3, R, R)
     "What every method begins with: the image checked and at the generator's resolution, the networks that the configuration names"

@@ -68,7 +68,7 @@ def test_the_sidebar_has_three_parts_and_every_notebook():
     parts = {part: [p.source for p in pages if p.part == part] for part in dict.fromkeys(p.part for p in pages)}
     assert list(parts) == ["", "Chapters", "Tutorials", "Reference"] and parts[""] == ["index.ipynb"]
     names = [p.relative_to(ROOT/"nbs").as_posix() for p in notebooks()]
-    assert parts["Chapters"] == [n for n in names if re.match(r"\d\d_", n)], "chapters in their order"
+    assert parts["Chapters"] == [n for n in names if re.match(r"\d\d\w?_", n)], "chapters in their order"
     assert sorted(parts["Tutorials"]) == [n for n in names if n.startswith("tutorials/")]
     assert sorted(sum(parts.values(), [])) == sorted(names)
 

@@ -1,6 +1,4 @@
 "The tools that the other checks stand on must themselves be able to fail."
-import asyncio
-
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
@@ -18,12 +16,13 @@ def test_the_driver_runs_a_chapter_and_tells_a_failure(tmp_path):
     def run(*sources, timeout=60):
         path = tmp_path/"chapter.ipynb"
         nbformat.write(new_notebook(cells=[new_code_cell(s) for s in sources]), path)
-        error = asyncio.run(chapters.execute(path, (), timeout))
-        return error, nbformat.read(path, as_version=4)
+        return chapters.execute(path, (), timeout).error, nbformat.read(path, as_version=4)
     error, nb = run("x = 6", "#| eval: false\n1/0", "print(x * 7)")
     assert error == "" and nb.cells[2].outputs[0].text == "42\n" and not nb.cells[1].outputs
     error, _ = run("x = 6", "assert x == 7, 'six is not seven'")
     assert error.startswith("cell 1") and "six is not seven" in error and "\x1b" not in error
+    error, _ = run("import time; time.sleep(60)", timeout=4)
+    assert error == "took longer than 4 s"
 
 def test_unknown_chapters_are_refused():
     with pytest.raises(SystemExit, match="99_nothing"): tree.notebooks(["99_nothing"])

@@ -7,19 +7,16 @@
 import argparse
 import contextlib
 import copy
-import ctypes
 import dataclasses
-import gc
 import json
-import platform
 import statistics
-import time
 from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import naive
+from posefree_kit.benchmark import Clock, Memory, floor
 from posefree_kit.camera import Pose, intrinsics
 from posefree_kit.checkpoints import official_config, read_card
 from posefree_kit.core import InputError, config_from_dict, config_to_dict, resolve_device, save_json, whole_file
@@ -44,31 +41,6 @@ def build(config:GeneratorConfig, device) -> tuple: # the kit's generator with f
         if name.endswith("noise_strength"): p.data.fill_(.1)
     G = G.to(device).eval()
     return copy.deepcopy(G).requires_grad_(False), G
-
-class Clock:
-    "Seconds: of this process where one CPU thread does the work (others on the machine do not count), of the wall otherwise"
-    def __init__(self, device):
-        self.cuda = device.type == "cuda"
-        self.name = "CPU seconds of the process" if not self.cuda and torch.get_num_threads() == 1 else "wall seconds"
-        self.now = time.process_time if self.name.startswith("CPU") else time.perf_counter
-    def __call__(self, f) -> float:
-        if self.cuda: torch.cuda.synchronize()
-        t0 = self.now(); f()
-        if self.cuda: torch.cuda.synchronize()
-        return self.now() - t0
-
-class Memory:
-    "Most memory in use inside the block, MB above what was in use before it (weights among it): of the device, or of the process on Linux"
-    def __init__(self, device): self.cuda = device.type == "cuda"
-    @staticmethod
-    def status(key): return next(int(x.split()[1]) / 1024 for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(key))
-    def __enter__(self):
-        gc.collect()
-        if self.cuda: torch.cuda.synchronize(); torch.cuda.reset_peak_memory_stats(); self.before = torch.cuda.memory_allocated() / 2 ** 20
-        elif platform.system() == "Linux": ctypes.CDLL(None).malloc_trim(0); Path("/proc/self/clear_refs").write_text("5"); self.before = self.status("VmRSS")
-        return self
-    def __exit__(self, *error):
-        self.mb = torch.cuda.max_memory_allocated() / 2 ** 20 - self.before if self.cuda else self.status("VmHWM") - self.before if platform.system() == "Linux" else None
 
 class Work:
     "Everything that is timed, for one model: each function once by the kit and once naively"
@@ -208,14 +180,6 @@ def variants(work:Work, clock:Clock, device, repeats:int, want:list) -> list: # 
         rows.append(dict(variant=name, seconds=statistics.median(p[0] for p in pairs), ratio=statistics.median(p[1] / p[0] for p in pairs), difference=difference(out[:2], base[:2])))
         print(f"  {name}: {rows[-1]['seconds']:.4f} s, {rows[-1]['ratio']:.2f} x the kit's step; difference {rows[-1]['difference']:.0e}", flush=True)
     return rows
-
-def floor(clock:Clock, device) -> dict:
-    "What this machine can do at best: products of matrices, and copies"
-    n, m = (8192, 2 ** 28) if device.type == "cuda" else (1024, 2 ** 24)
-    a, b, x = torch.randn(n, n, device=device), torch.randn(n, n, device=device), torch.empty(m, device=device)
-    y = torch.empty_like(x)
-    best = lambda f: min(clock(f) for _ in range(4))
-    return dict(gflop_per_second=2e-9 * n ** 3 / best(lambda: torch.mm(a, b)), gb_per_second=8e-9 * m / best(lambda: y.copy_(x)))
 
 def measure(name:str, a) -> dict:
     "All rows of one model"

@@ -1,0 +1,59 @@
+"CPU and CUDA agree on one seed, bf16 comes near to float32, memory stays under its bound, and the same run twice is the same. Where there is no GPU, all of it runs as (cpu, cpu), shorter."
+import pytest
+import torch
+
+import devices
+from devices import BF16, MEMORY_MB, TOLERANCES, off
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: torch sees none")
+PAIRS = [pytest.param("cpu", "cpu", id="cpu-cpu"), pytest.param("cpu", "cuda", id="cpu-cuda", marks=needs_cuda)]
+pair, one = pytest.mark.parametrize("a, b", PAIRS), pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
+
+@pytest.fixture(autouse=True)
+def float32_is_float32():
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+@pair
+def test_pictures_and_losses_agree(a, b):
+    x, y = devices.rendered(a), devices.rendered(b)
+    for k in ("rgb", "depth", "weight"): assert (x[k] - y[k]).abs().max() <= TOLERANCES[k], k
+    x, y = devices.losses(a), devices.losses(b)
+    for k in x: assert torch.allclose(x[k], y[k], rtol=TOLERANCES["losses"], atol=1e-4), k
+
+@pair
+def test_gradients_agree(a, b):
+    for x, y in zip(devices.step(a), devices.step(b)): assert off(y, x) <= TOLERANCES["gradients"]
+
+@pair
+def test_short_inversions_and_trainings_agree(a, b):
+    steps = 50 if b == "cuda" else 3
+    x, y = devices.inversion(a, steps), devices.inversion(b, steps)
+    assert abs(x["psnr_db"] - y["psnr_db"]) <= TOLERANCES["psnr_db"] and abs(x["yaw_deg"] - y["yaw_deg"]) <= TOLERANCES["yaw_deg"] and y["device"].startswith(b)
+    x, y = devices.trained(a, 1), devices.trained(b, 1)
+    for k in x: assert abs(x[k] - y[k]) <= TOLERANCES["train"] * (1 + abs(x[k])), k
+
+@one
+def test_bf16_comes_near(device):
+    assert devices.pictures_in_half(device) >= BF16["psnr_db"]
+
+@one
+def test_memory_stays_under_its_bound(device):
+    mb = devices.peak_mb(device)
+    assert mb is None and device == "cpu" or 1 < mb < MEMORY_MB
+
+@one
+def test_the_same_twice(device):
+    steps = 20 if device == "cuda" else 2
+    x, y = devices.inversion(device, steps), devices.inversion(device, steps)
+    if device == "cpu": assert torch.equal(x["ws"], y["ws"])
+    else: assert abs(x["psnr_db"] - y["psnr_db"]) < .2 and off(y["ws"], x["ws"]) < .05 # sums by atomic additions come in any order; the CPU is the same to the bit
+
+def test_the_comparisons_can_fail():
+    "Another seed is another picture, and other losses"
+    a, b = devices.rendered("cpu"), devices.rendered("cpu", seed=6)
+    assert (a["rgb"] - b["rgb"]).abs().max() > 10 * TOLERANCES["rgb"] and off(b["depth"], a["depth"]) > TOLERANCES["depth"]
+    x, y = devices.losses("cpu"), devices.losses("cpu", seed=6)
+    assert not torch.allclose(x["rec"], y["rec"], rtol=TOLERANCES["losses"], atol=1e-4)
