@@ -11,14 +11,13 @@ import copy, ctypes, gc, platform, statistics, time
 from dataclasses import dataclass
 from pathlib import Path
 import torch
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from . import __version__
 from .core import InputError, save_json, whole_file
 from .discriminator import DiscriminatorConfig
 from .generator import GeneratorConfig, Planes
-from .optimiser import PRESETS, Networks, invert, objective, prepare, quick
+from .optimiser import PRESETS, invert, objective, prepare, quick
 from .portraits import HELD_OUT, portrait, portrait_batch
 from .training import TrainConfig, UnposedImages, new_state, train_step
 
