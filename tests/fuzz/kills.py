@@ -83,6 +83,7 @@ def child(f, *args) -> int: # pid
     if pid: return pid
     code = 1
     try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)                        # a shell starts what runs in its background without
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         f(*args); code = 0
     except SystemExit as e: code = int(e.code or 0)
