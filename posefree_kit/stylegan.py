@@ -157,7 +157,7 @@ class FrozenConv(torch.autograd.Function):
         if demodulate: g_style = g_style - style * ((e * (scale / gain).square()) @ weight.square().sum((2, 3)))
         return t, g_style.sum_to_size(style.shape), *(None,) * 7
 
-def styled_conv(m:"ModConv|ToImage", x:Tensor, style:Tensor, noise:Tensor|None=None, demodulate:bool=True, up:bool=False, act:bool=True) -> Tensor:
+def styled_conv(m, x:Tensor, style:Tensor, noise:Tensor|None=None, demodulate:bool=True, up:bool=False, act:bool=True) -> Tensor: # m: a `ModConv` or `ToImage`
     "The convolution of a layer with `weight`, `bias` and `clamp`: `FrozenConv` where none of its own weights needs a gradient"
     how = noise, demodulate, up, act, m.clamp
     if torch.is_grad_enabled() and any(p.requires_grad for p in m.parameters(recurse=False)): return plain_conv(x, style, m.weight, m.bias, *how)
