@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'Camera', 'pose_opt', 'Tuning', 'first_stage', 'Relay', 'thaw', 'TunedBatch', 'tune', 'tuned', 'pti',
-           'match', 'Symmetry', 'carry', 'conflict', 'mirror_term', 'Pseudo', 'pseudo_views', 'spi',
-           'LatentEncoderConfig', 'LatentEncoder', 'fresh_encoder', 'LatentTraining', 'known_loss', 'portrait_loss',
-           'draw_people', 'LatentTrainer', 'train_latent_encoder', 'latent_figures', 'save_latent_encoder',
-           'read_latent_encoder', 'load_latent_encoder', 'encode', 'encoder', 'encoder_latent']
+           'match', 'Symmetry', 'carry', 'conflict', 'mirror_term', 'Pseudo', 'pseudo_views', 'spi', 'LatentTraining',
+           'known_loss', 'portrait_loss', 'draw_people', 'LatentTrainer', 'train_latent_encoder', 'latent_figures',
+           'save_latent_encoder', 'read_latent_encoder', 'load_latent_encoder', 'encode', 'encoder', 'encoder_latent']
 
 # %% ../nbs/14_baselines.ipynb #2fcef4b9
 import copy, dataclasses, time
@@ -16,16 +15,16 @@ from pathlib import Path
 from typing import NamedTuple
 import torch
 import torch.nn.functional as F
-from torch import nn, Tensor
+from torch import Tensor
 from . import losses
 from .camera import Pose, mirror, turn
 from .checkpoints import ASSETS
-from .core import DivergedError, InputError, check_range, check_shape, config_from_dict, config_to_dict, finish_steps, load_values, read_json, read_network, resize, rng, save_json, save_values, sha256, tensor_bytes, whole_file
+from .core import DivergedError, InputError, check_shape, config_from_dict, config_to_dict, finish_steps, load_values, read_json, read_network, resize, rng, save_json, save_values, sha256, tensor_bytes, whole_file
 from .features import load_identity, load_perceptual
 from .generator import Planes, View
+from .latent_encoder import LatentEncoder, LatentEncoderConfig, fresh_encoder
 from .optimiser import FreePose, Inversion, InvertConfig, InvertState, Networks, Step, constant, invert, prepare, quick, render_at, result, search_start, warm_cosine, with_steps
 from .pose import PoseFreeGenerator
-from .stylegan import Conv, Linear, ResidualBlock, lrelu
 
 # %% ../nbs/14_baselines.ipynb #77fe1b3e
 @dataclass(frozen=True)
@@ -259,48 +258,6 @@ def spi(
     inv = tune(first, nets, config, tuning, steps, loss, dict(l2=tuning.l2, perceptual=tuning.perceptual_weight, pseudo=tuning.pseudo, anchor=tuning.anchor), callback)
     inv.report |= dict(method="spi", seconds=round(time.time() - t0, 2))
     return inv
-
-# %% ../nbs/14_baselines.ipynb #a08a0fcb
-@dataclass(frozen=True)
-class LatentEncoderConfig:
-    "The shape of a latent encoder (ours)"
-    widths:tuple = (32, 64, 96, 160) # channels at 1/2, 1/4, 1/8 and 1/16 of the size
-    hidden:int = 256 # numbers that both heads read
-    size:int = 64 # pixels a side that it looks at
-    w_dim:int = 72 # the generator's, as are the next two
-    look_dim:int = 64
-    num_ws:int = 10
-
-    def __post_init__(self):
-        check_range(self, 1, 4096, "widths", "hidden", "size", "w_dim", "look_dim", "num_ws")
-        if not 1 <= len(self.widths) <= 8 or self.look_dim > self.w_dim or self.size % 2 ** len(self.widths): raise InputError(f"LatentEncoderConfig: expected look_dim <= w_dim and a size that halves {len(self.widths)} times, got {self.look_dim}, {self.w_dim}, {self.size}")
-
-class LatentEncoder(nn.Module):
-    "Image to w and its deltas, in one pass"
-    mean:Tensor; std:Tensor; card:dict
-    def __init__(self, config:LatentEncoderConfig=LatentEncoderConfig()):
-        super().__init__()
-        c, n = config, config.widths
-        self.config = config
-        blocks = [ResidualBlock(a, b) for a, b in zip(n, n[1:])]
-        self.body = nn.Sequential(nn.PixelUnshuffle(2), Conv(12, n[0]), *blocks, nn.Flatten(), Linear(n[-1] * (c.size // 2 ** len(n)) ** 2, c.hidden, lrelu))
-        self.w, self.deltas = Linear(c.hidden, c.w_dim), Linear(c.hidden, c.num_ws * c.look_dim)
-        nn.init.zeros_(self.deltas.weight) # begins with one code for all layers
-        self.register_buffer("mean", torch.zeros(c.w_dim)); self.register_buffer("std", torch.ones(c.w_dim))
-    def forward(self, image:Tensor) -> tuple: # (B, 3, H, H) in [-1, 1] -> w (B, w_dim), deltas (B, num_ws, w_dim)
-        c, x = self.config, self.body(resize(image, self.config.size))
-        deltas = self.deltas(x).view(-1, c.num_ws, c.look_dim) * (.1 * self.std[:c.look_dim])
-        return self.mean + self.std * self.w(x), F.pad(deltas, (0, c.w_dim - c.look_dim))
-
-def fresh_encoder(G:PoseFreeGenerator, seed:int=0, start:LatentEncoder|None=None) -> LatentEncoder:
-    "An encoder for a generator: untrained, or with the weights of one that was trained for another of the same shape"
-    c = LatentEncoderConfig(w_dim=G.config.w_dim, look_dim=G.config.look_dim, num_ws=G.num_ws)
-    if start is not None and start.config != c: raise InputError(f"start: expected an encoder of the shape {c}, got {start.config}")
-    with torch.random.fork_rng([]): torch.manual_seed(seed); net = LatentEncoder(c)
-    if start is not None: net.load_state_dict(start.state_dict())
-    with torch.no_grad(): w = G.mapping(G.draw(4096, seed))
-    net.mean.copy_(w.mean(0)); net.std.copy_(w.std(0))
-    return net.to(w.device)
 
 # %% ../nbs/14_baselines.ipynb #9bc78c12
 @dataclass(frozen=True)

@@ -430,6 +430,8 @@ def train(
     plain:Annotated[int, typer.Option(help="Begin with so many plain portraits (short hair, nothing worn, one light), replaced bit by bit by the others.")]=0,
     size:Annotated[int, typer.Option(help="Pixels a side: 16, 32, 64 or 128. With --grow-from, twice the old size.")]=32,
     grow_from:Annotated[Optional[Path], typer.Option(help="A finished run of half the size to start from.", show_default=False)]=None,
+    start:Annotated[Optional[str], typer.Option(help="Begin with a trained generator: a shipped name, or a .safetensors file with its discriminator.", show_default=False)]=None,
+    encode:Annotated[float, typer.Option(help="Share of the generated images whose look an encoder, which learns along, reads off real ones: for heads that are solid already. Writes latent_encoder.safetensors too.")]=0.,
     resume:Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")]=False,
     watch:Annotated[bool, typer.Option("--watch", help="At each save, log how well the pose head reads 512 held-out portraits; nothing of it reaches training.")]=False,
     batch:Annotated[int, typer.Option(help="Images a step, over all processes.")]=32,
@@ -442,27 +444,32 @@ def train(
 
     In several processes: `accelerate launch --multi_gpu --num_processes 2 -m posefree_kit.cli train ...` (needs posefree_kit[scale]; with --device cpu, on CPUs). Each takes its share of --batch, and one of them writes."""
     from posefree_kit.core import DivergedError, InputError, config_to_dict, resolve_device
-    from posefree_kit.checkpoints import save_checkpoint
-    from posefree_kit.training import STATE, Processes, TrainConfig, fit, load_state, watch_poses
+    from posefree_kit.checkpoints import load_generator, save_checkpoint
+    from posefree_kit.training import STATE, Processes, TrainConfig, fit, go_on_with, load_state, watch_poses
     budget = [f"--{k} {v:g}" for k, v in dict(minutes=minutes, kimg=kimg).items() if v is not None and not v > 0]
     if budget or (minutes is None and kimg is None): raise InputError(f"expected a budget above 0, --minutes or --kimg (or both), got {budget[0] if budget else 'none'}")
     share = Processes.launched(device)
     there = share.any((Path(out)/STATE).exists())
     if there and not resume: raise InputError(f"expected a new folder, got {str(out)!r} with a run in it: --resume goes on")
     if resume and not there: raise InputError(f"expected a run to go on with, got {str(out)!r} without {STATE}: leave --resume out to begin one")
-    where, config = resolve_device(device), TrainConfig(batch=batch, seed=seed, r1_gamma=.05 * (size / 32) ** 2)
-    start = grown(grow_from, size, config, where) if grow_from and not resume else None
-    size = start.G.resolution if start else load_state(Path(out)/STATE).G.resolution if resume else size
-    g, d = (None, None) if resume or start else architecture(size)
+    if start and grow_from: raise InputError("expected --start or --grow-from, got both")
+    where, trained = resolve_device(device), load_generator(start, device) if start else None
+    config = TrainConfig(batch=batch, seed=seed, encode_share=encode, r1_gamma=.05 * ((trained.resolution if start else size) / 32) ** 2)
+    state = None if resume else go_on_with(trained, config) if start else grown(grow_from, size, config, where) if grow_from else None
+    size = state.G.resolution if state else load_state(Path(out)/STATE).G.resolution if resume else size
+    g, d = (None, None) if resume or state else architecture(size)
     progress = progress and share.main
     pictures = training_images(images, n, size, where, progress)
     easy = training_images(None, plain, size, where, progress, plain=True) if plain else None
     diverged = None
-    try: s = fit(pictures, writable(out), **(dict(generator=g, discriminator=d) if g else {}), config=start.config if start else config, minutes=minutes, kimg=kimg, resume=resume, start=start, device=where, easy=easy, compiled=compiled, watch=watch_poses(size) if watch else None, progress=progress)
+    try: s = fit(pictures, writable(out), **(dict(generator=g, discriminator=d) if g else {}), config=state.config if state else config, minutes=minutes, kimg=kimg, resume=resume, start=state, device=where, easy=easy, compiled=compiled, watch=watch_poses(size) if watch else None, progress=progress)
     except DivergedError as e: s, diverged = e.state, e # what there is becomes a generator all the same
     if not share.main: return s # one process writes
-    card = dict(made_with="posefree train", kimg=round(s.kimg, 3), data=str(images.name) if images else f"{n} simulated portraits, seeds 0 to {n - 1}", images=len(pictures), plain_images=plain, seed=s.config.seed, device=str(where), training=config_to_dict(s.config))
+    card = dict(made_with="posefree train", kimg=round(s.kimg, 3), data=str(images.name) if images else f"{n} simulated portraits, seeds 0 to {n - 1}", images=len(pictures), plain_images=plain, seed=s.config.seed, device=str(where), training=config_to_dict(s.config), **(dict(started_from=dict(name=trained.name, sha256=trained.sha256)) if trained else {}))
     path = save_checkpoint(Path(out)/"generator.safetensors", s.ema, s.d_ema, card)
+    if s.E is not None:
+        from posefree_kit.baselines import save_latent_encoder
+        save_latent_encoder(s.e_ema, Path(out)/"latent_encoder.safetensors", load_generator(str(path), "cpu"), **card)
     say(f"{s.kimg:.1f} kimg; {path}")
     if diverged: raise diverged
     return s

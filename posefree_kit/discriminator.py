@@ -58,13 +58,18 @@ class Discriminator(nn.Module):
     @property
     def unit(self) -> Tensor: return torch.deg2rad(torch.tensor(self.config.pose_unit_deg, device=self.real.weight.device))
 
-    def trunk(self, image:Tensor) -> Tensor: # (B, 3, R, R) -> (B, C, 4, 4)
-        "Convolutions down to 4 x 4; while growing, a blend of the old way in and the new"
-        x = self.from_rgb(image)
+    def layers(self, image:Tensor) -> list: # (B, 3, R, R) -> (B, C, R, R), (B, C, R / 2, R / 2) ... (B, C, 4, 4)
+        "What the convolutions see, from the picture down to 4 x 4; while growing, a blend of the old way in and the new"
+        out = [self.from_rgb(image)]
         for i, block in enumerate(self.blocks):
-            x = block(x)
+            x = block(out[-1])
             if i == 0 and self.old_rgb is not None: x = self.fade * x + (1 - self.fade) * self.old_rgb(F.avg_pool2d(image, 2))
-        return x
+            out.append(x)
+        return out
+
+    def trunk(self, image:Tensor) -> Tensor: # (B, 3, R, R) -> (B, C, 4, 4)
+        "The last of `layers`"
+        return self.layers(image)[-1]
 
     def forward(self,
         image:Tensor, # (B, 3, R, R) in [-1, 1]

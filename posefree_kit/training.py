@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['PLAIN', 'STATE', 'UnposedImages', 'd_loss', 'g_loss', 'r1_penalty', 'pose_loss', 'relit', 'blur', 'TrainConfig',
-           'Processes', 'has_bf16', 'TrainState', 'new_state', 'make_state', 'Fakes', 'calibrate', 'd_step', 'g_step',
-           'density_loss', 'wall_loss', 'symmetry_loss', 'ema_step', 'train_step', 'save_state', 'load_state',
-           'sample_grid', 'fit', 'sound', 'step_back', 'grow', 'correlation', 'pose_figures', 'watch_poses']
+           'Processes', 'has_bf16', 'TrainState', 'new_state', 'make_state', 'Fakes', 'Encoded', 'pyramid', 'calibrate',
+           'd_step', 'g_step', 'density_loss', 'wall_loss', 'symmetry_loss', 'ema_step', 'train_step', 'save_state',
+           'load_state', 'sample_grid', 'fit', 'sound', 'step_back', 'grow', 'go_on_with', 'widen', 'correlation',
+           'encoder_figures', 'pose_figures', 'watch_poses']
 
 # %% ../nbs/08_training.ipynb #d67a11d1
 import copy, dataclasses, json, math, os, time, zipfile
@@ -20,6 +21,7 @@ from .camera import Pose, mirror
 from .core import DivergedError, Hollow, InputError, Part, batch_rand, check_range, check_shape, config_from_dict, config_to_dict, finish_steps, image_grid, load_image, load_values, memory_advice, parse_json, read_torch, resize, resolve_device, rng, save_image, save_values, whole_file
 from .discriminator import Discriminator, DiscriminatorConfig, grow_discriminator
 from .generator import GeneratorConfig, Planes, View
+from .latent_encoder import LatentEncoder, LatentEncoderConfig, fresh_encoder
 from .pose import PoseFreeGenerator
 
 # %% ../nbs/08_training.ipynb #c43b14f8
@@ -123,6 +125,11 @@ class TrainConfig:
     relight:float = 1. # the pose head learns from generated images under a random lamp of this strength (0: as they are), so that it does not take the light for the pose
     flip_share:float = 0.5 # share of a fake batch rendered with yaw or pitch negated, same planes
     mean_pose_weight:float = 0.2 # pulls the mean generated pose to 0, in squared units of the starting spread; says nothing about the spread
+    encode_share:float = 0. # share of generated images whose look is read off real images by an encoder that learns along, and which are rendered again from their own pose (Pix2NeRF, Cai et al. 2022): for a generator whose heads are solid already; 0: no encoder
+    encode_rate:float = 0.001 # Adam's rate, encoder
+    encode_weight:float = 20. # weight of the difference between an image and its rendering: mean absolute, of the picture and of its halves
+    encode_feature_weight:float = 2. # ... and of the difference that the discriminator's convolutions see, as a share of what they see
+    encode_known_weight:float = .5 # weight of the encoder's errors on generated images, whose latents and poses are known
     density_weight:float = 0.1 # smoothness of density at nearby points
     density_every:int = 4 # steps between them
     symmetry_weight:float = 2. # faces seen from pose 0 are about as deep on their left as on their right, colours and hair free: keeps a yaw out of the planes
@@ -138,7 +145,7 @@ class TrainConfig:
 
     def __post_init__(self):
         if self.loss not in ("nonsaturating", "relativistic"): raise InputError(f"TrainConfig.loss: expected nonsaturating or relativistic, got {self.loss!r}")
-        check_range(self, 1, 1 << 20, "batch", "r1_every", "density_every"); check_range(self, 0, 1, "read_share", "flip_share", "calibrate")
+        check_range(self, 1, 1 << 20, "batch", "r1_every", "density_every"); check_range(self, 0, 1, "read_share", "flip_share", "calibrate", "encode_share")
 
 # %% ../nbs/08_training.ipynb #5e0c1a02
 @dataclass(frozen=True)
@@ -209,6 +216,9 @@ class TrainState:
     config:TrainConfig
     d_ema:Discriminator # moving average of D: the one that reads poses
     seen:int = 0 # images so far
+    E:LatentEncoder|None = None # reads latents off images, where `encode_share` asks for it
+    e_ema:LatentEncoder|None = None # its moving average: the one that is used
+    opt_e:torch.optim.Optimizer|None = None
     trouble:str = "" # which loss stopped being finite: from there on at half the rate
     share:Processes = Processes() # who trains along
 
@@ -230,14 +240,16 @@ def new_state(generator:GeneratorConfig, discriminator:DiscriminatorConfig, conf
         G, D = PoseFreeGenerator(generator).start(config.seed), Discriminator(discriminator)
     return make_state(G.to(device), D.to(device), config)
 
-def make_state(G:PoseFreeGenerator, D:Discriminator, config:TrainConfig) -> TrainState:
-    "A state around given networks, with fresh optimisers"
-    ema, d_ema = copy.deepcopy(G).requires_grad_(False), copy.deepcopy(D).requires_grad_(False)
-    return TrainState(G, D, ema, _adam(G.parameters(), config.g_rate, config.density_every), _adam(D.parameters(), config.d_rate, config.r1_every), config, d_ema)
+def make_state(G:PoseFreeGenerator, D:Discriminator, config:TrainConfig, E:LatentEncoder|None=None) -> TrainState:
+    "A state around given networks, with fresh optimisers; an encoder that is wanted and not given begins untrained"
+    if E is None and config.encode_share: E = fresh_encoder(G, config.seed)
+    ema, d_ema, e_ema = (None if net is None else copy.deepcopy(net).requires_grad_(False) for net in (G, D, E))
+    opt_e = None if E is None else torch.optim.Adam(E.parameters(), config.encode_rate, betas=(.9, .99))
+    return TrainState(G, D, ema, _adam(G.parameters(), config.g_rate, config.density_every), _adam(D.parameters(), config.d_rate, config.r1_every), config, d_ema, E=E, e_ema=e_ema, opt_e=opt_e)
 
 class Fakes:
-    "A batch of generated images with the poses they were rendered from"
-    def __init__(self, s:TrainState, generator:torch.Generator):
+    "A batch of generated images with the poses they were rendered from; where an encoder learns along, some show people that it read off real images"
+    def __init__(self, s:TrainState, generator:torch.Generator, real:Tensor):
         c, n, rows = s.config, s.config.batch, s.rows
         z = torch.randn(n, s.G.config.z_dim, generator=generator)[rows].to(s.device)
         jitter_seed = int(torch.randint(2 ** 31, (1,), generator=generator))
@@ -247,8 +259,47 @@ class Fakes:
         sign[:half // 2, 0] = -1; sign[half // 2:half, 1] = -1
         self.pose = Pose.of(self.own.stack() * sign[rows].to(s.device))
         self.read = (torch.rand(n, generator=generator) < c.read_share)[rows].to(s.device) # judged at what is read off them
-        with torch.autocast(s.device.type, torch.bfloat16, enabled=s.bf16): self.planes = s.G.planes(self.w)
+        ws, self.encoded = s.G.expand_ws(self.w), None
+        if s.E is not None:
+            picked, whole = torch.randperm(n, generator=generator) < n * c.encode_share, torch.rand(n, generator=generator) < .5 # half of them without deltas, so that one w for all layers learns too
+            at = picked[rows].nonzero()[:, 0].to(s.device)
+            self.encoded = Encoded(s, real[at], at, whole[rows].to(s.device)[at], int(picked.sum()))
+            look, view = self.encoded.ws[..., :s.G.config.look_dim], ws[at][..., s.G.config.look_dim:]
+            ws = ws.index_copy(0, at, torch.cat([look, view], -1)) # their look, another's view
+        with torch.autocast(s.device.type, torch.bfloat16, enabled=s.bf16): self.planes = s.G.planes(ws)
         self.view = s.G.render(self.planes, self.pose, jitter=1., generator=Part(rng(jitter_seed, s.device), n, rows))
+
+class Encoded:
+    "Real images as the encoder reads them: latents, and in `loss` what they look like when rendered again"
+    def __init__(self, s:TrainState, image:Tensor, at:Tensor, whole:Tensor, many:int): # image (b, 3, R, R); at (b,) their places in this process's batch; whole (b,) bool: without deltas; many: over all processes
+        self.image, self.at, self.many = image, at, many
+        with torch.autocast(s.device.type, torch.bfloat16, enabled=s.bf16): self.w, self.deltas = s.E(image)
+        self.ws = self.w[:, None] + torch.where(whole[:, None, None], 0., self.deltas)
+
+    def loss(self, s:TrainState, fakes:Fakes, sigma:float, generator:torch.Generator|Part) -> dict: # -> {name: scalar}
+        "The same planes from the pose that the encoder's own w carries, against the image; and the encoder on pictures whose latents are known"
+        G, c, b, look = s.G, s.config, len(self.at), s.G.config.look_dim
+        spread = lambda w: ((w - s.E.mean) / s.E.std)
+        seen = s.E(fakes.view.rgb.detach())[0] # of all generated images
+        prior = torch.ones(len(seen), 1, device=seen.device).index_fill(0, self.at, 0.)
+        off = (G.pose(seen).stack() - fakes.pose.stack().detach()) / s.D.unit
+        known = off.square().sum(1) / 2 + (prior * (spread(seen) - spread(fakes.w.detach()))[:, :look].square()).mean(1) + .02 * spread(seen)[:, look:].square().sum(1)
+        share = s.share.count / self.many
+        parts = dict(known=c.encode_known_weight * known.mean(), tame=share * (.01 * spread(self.w).square().mean(1) + 2e-4 * self.deltas.square().sum((1, 2))).sum())
+        if not b: return parts | dict(rec=0 * parts["tame"], rec_seen=0 * parts["tame"]) # this process has none of them
+        view = G.render(Planes(*(x[self.at] for x in fakes.planes)), G.pose(self.w), jitter=1., generator=generator)
+        shown, image = blur(view.rgb, sigma), blur(self.image, sigma)
+        parts["rec"] = c.encode_weight * share * sum((x - y).abs().mean((1, 2, 3)).sum() for x, y in zip(pyramid(shown), pyramid(image))) / 3
+        with torch.autocast(s.device.type, torch.bfloat16, enabled=s.bf16):
+            with torch.no_grad(): there = s.D.layers(image)
+            far = sum((x - y).abs().mean((1, 2, 3)) / y.abs().mean((1, 2, 3)) for x, y in zip(s.D.layers(shown), there)) / len(there)
+        parts["rec_seen"] = c.encode_feature_weight * share * far.sum()
+        return parts
+
+def pyramid(x:Tensor) -> list: # (B, C, H, W) -> three of them
+    "A picture, and itself at a half and a quarter of the size"
+    half = F.avg_pool2d(x, 2)
+    return [x, half, F.avg_pool2d(half, 2)]
 
 def calibrate(D:Discriminator, own:Tensor, read:Tensor, share:float): # (B, 2) each, in units
     "Move the discriminator's calibration towards this batch's"
@@ -299,7 +350,12 @@ def g_step(s:TrainState, fakes:Fakes, real:Tensor, sigma:float, generator:torch.
         eight = s.rows[s.rows < 8]
         parts["symmetry"] = symmetry_loss(s.G, Planes(*(x[:len(eight)] for x in fakes.planes)), Part(generator, min(8, c.batch), eight), share=s.share)
         total = total + c.symmetry_weight * parts["symmetry"]
+    if s.E is not None:
+        parts |= (again := fakes.encoded.loss(s, fakes, sigma, Part(generator, c.batch, s.rows[fakes.encoded.at.cpu()])))
+        total = total + sum(again.values())
+        s.opt_e.zero_grad(set_to_none=True)
     s.opt_g.zero_grad(set_to_none=True); total.backward(); s.share.average(s.G)
+    if s.E is not None: s.share.average(s.E); s.opt_e.step()
     if s.kimg < c.hold_kimg:
         for p in s.G.pose_learner.parameters(): p.grad = None
     s.opt_g.step()
@@ -335,7 +391,7 @@ def ema_step(s:TrainState, w:Tensor):
     beta = .5 ** (s.config.batch / max(half, 1e-8))
     s.G.w_avg.lerp_(s.share.mean(w.detach().mean(0)), .005)
     d_beta = .5 ** (s.config.batch / max(min(s.config.d_ema_kimg * 1000, max(s.seen, 1) * s.config.ema_ramp), 1e-8))
-    for slow, net, b in ((s.ema, s.G, beta), (s.d_ema, s.D, d_beta)):
+    for slow, net, b in ((s.ema, s.G, beta), (s.d_ema, s.D, d_beta), *(() if s.E is None else ((s.e_ema, s.E, beta),))):
         for x, y in zip(slow.parameters(), net.parameters()): x.lerp_(y, 1 - b)
         for x, y in zip(slow.buffers(), net.buffers()): x.copy_(y)
     s.d_ema.fade, s.d_ema.condition = s.D.fade, s.D.condition
@@ -353,7 +409,7 @@ def train_step(s:TrainState, images:UnposedImages, easy:UnposedImages|None=None)
         a, b = c.easy_kimg
         pick = (torch.rand(c.batch, generator=g) < (b - s.kimg) / max(b - a, 1e-6))[s.rows]
         real = torch.where(pick.to(s.device)[:, None, None, None], easy.batch(c.batch, g, s.device, s.rows), real)
-    fakes = Fakes(s, g)
+    fakes = Fakes(s, g, real)
     parts = s.share.means(d_step(s, fakes, real, sigma, g) | g_step(s, fakes, real, sigma, g))
     bad = [k for k, v in parts.items() if not math.isfinite(v)]
     if bad: raise FloatingPointError(f"loss {bad[0]} is {parts[bad[0]]} at step {s.step} ({s.kimg:.3f} kimg)")
@@ -367,15 +423,18 @@ STATE = "run.state" # its name in the folder of a run
 
 def save_state(s:TrainState, path:Path|str):
     "The whole run as one file of tensors and plain values, with its SHA-256"
+    encoder = {} if s.E is None else dict(encoder=config_to_dict(s.E.config), E=s.E.state_dict(), e_ema=s.e_ema.state_dict(), opt_e=s.opt_e.state_dict())
     save_values(dict(G=s.G.state_dict(), D=s.D.state_dict(), ema=s.ema.state_dict(), d_ema=s.d_ema.state_dict(), opt_g=s.opt_g.state_dict(), opt_d=s.opt_d.state_dict(), seen=s.seen, growing=s.D.old_rgb is not None, trouble=s.trouble,
-                     generator=config_to_dict(s.G.config), discriminator=config_to_dict(s.D.config), config=config_to_dict(s.config)), path)
+                     generator=config_to_dict(s.G.config), discriminator=config_to_dict(s.D.config), config=config_to_dict(s.config), **encoder), path)
 
 def load_state(path:Path|str, device="cpu") -> TrainState:
     "Read a run back; a file that is damaged, or holds anything else, is an `InputError`"
     d = read_torch(path, Path(path).name) if zipfile.is_zipfile(path) else load_values(path, device) # early states are in torch's own format
     try:
         g, c = config_from_dict(GeneratorConfig, d["generator"]), config_from_dict(DiscriminatorConfig, d["discriminator"])
-        s = make_state(_filled(lambda: PoseFreeGenerator(g), d["G"]).to(device), _filled(lambda: _growing(c, d["growing"]), d["D"]).to(device), config_from_dict(TrainConfig, d["config"]))
+        E = _filled(lambda: LatentEncoder(config_from_dict(LatentEncoderConfig, d["encoder"])), d["E"]).to(device) if "encoder" in d else None
+        s = make_state(_filled(lambda: PoseFreeGenerator(g), d["G"]).to(device), _filled(lambda: _growing(c, d["growing"]), d["D"]).to(device), config_from_dict(TrainConfig, d["config"]), E)
+        if E is not None: s.e_ema.load_state_dict(d["e_ema"]); s.opt_e.load_state_dict(d["opt_e"])
         s.ema.load_state_dict(d["ema"]); s.d_ema.load_state_dict(d.get("d_ema", d["D"])); s.opt_g.load_state_dict(d["opt_g"]); s.opt_d.load_state_dict(d["opt_d"]); s.seen, s.trouble = d["seen"], d.get("trouble", "")
     except (KeyError, TypeError, AttributeError, ValueError, IndexError, RuntimeError) as e: raise InputError(f"expected a training state, got {str(path)!r}: {' '.join(str(e).split())[:200]}") from e
     return s
@@ -460,14 +519,14 @@ def fit(
 
 def sound(s:TrainState) -> bool:
     "Is every weight a number?"
-    return all(bool(p.isfinite().all()) for net in (s.G, s.D, s.ema, s.d_ema) for p in net.state_dict().values())
+    return all(bool(p.isfinite().all()) for net in (s.G, s.D, s.ema, s.d_ema, *(() if s.E is None else (s.E, s.e_ema))) for p in net.state_dict().values())
 
 def step_back(why:Exception, path:Path, device:torch.device, share:Processes=Processes()) -> TrainState:
     "The last state that was saved, with half the rates; the second time, a `DivergedError` that carries it"
     s = load_state(path, device)
     s.share = share; share.wait() # all have read before one writes
     if s.trouble: raise DivergedError(f"{s.trouble}; at half the rate, {why}: stopped; the last good state is of {s.kimg:.3f} kimg", s)
-    for group in s.opt_g.param_groups + s.opt_d.param_groups: group["lr"] /= 2
+    for group in [g for opt in (s.opt_g, s.opt_d, s.opt_e) if opt is not None for g in opt.param_groups]: group["lr"] /= 2
     s.trouble = str(why)
     if share.main: save_state(s, path)
     return s
@@ -490,10 +549,50 @@ def grow(small:TrainState, g_channels:int, d_channels:int, config:TrainConfig) -
     with torch.no_grad(): G.get_parameter(f"{new}to_image.weight").mul_(.02)
     return make_state(G, D, config)
 
+def go_on_with(G:PoseFreeGenerator, config:TrainConfig) -> TrainState: # G: as `load_generator` gives it; its discriminator came along
+    "A run that begins with a trained generator: nothing is faded in, blurred or made easy any more"
+    if not isinstance(G.reader, Discriminator): raise InputError(f"expected a generator with the discriminator that it was trained with, got {G.name!r} with {'none' if G.reader is None else type(G.reader).__name__}")
+    if G.reader.config.resolution != G.resolution: raise InputError(f"expected generator and discriminator of one resolution, got {G.resolution} and {G.reader.config.resolution}")
+    own = [copy.deepcopy(net).requires_grad_(True) for net in (G, G.reader)]; own[0].set_reader(None)
+    return make_state(*own, dataclasses.replace(config, fade_kimg=0., blur_kimg=0., condition_kimg=(0., 0.), easy_kimg=(0., 0.)))
+
+@torch.no_grad()
+def widen(G:PoseFreeGenerator, channels:tuple, look_dim:int, seed:int=0) -> PoseFreeGenerator: # channels: as many as it has; look_dim: of z and w, beside the view part
+    "More channels and a longer look part, the same pictures but for a little in the spread of z: what is new begins without a say in what was there (Net2Net, Chen et al. 2016)"
+    c = G.config
+    config = dataclasses.replace(c, channels=tuple(channels), z_dim=look_dim + c.view_dim, w_dim=look_dim + c.view_dim)
+    if len(channels) != len(c.channels) or any(a > b for a, b in zip((c.look_dim, *c.channels), (look_dim, *channels))): raise InputError(f"widen: expected at least {c.look_dim} numbers and channels {c.channels}, got {look_dim} and {tuple(channels)}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        H = PoseFreeGenerator(config)
+    H.w_avg.copy_(H.mapping(H.draw(8192, seed)).mean(0))
+    old = G.state_dict()
+    for name, x in H.state_dict().items():
+        y = old[name]
+        if name == "w_avg": x[:c.look_dim], x[look_dim:] = y[:c.look_dim], y[c.look_dim:]; continue
+        if x.ndim >= 2 and name.endswith("weight"):
+            x[:len(y)] = 0                                                              # old outputs hear nothing of new inputs
+            if x.ndim == 2: y = y * math.sqrt(x.shape[1] / y.shape[1])                  # `Linear` divides by the root of its inputs
+        x[tuple(slice(n) for n in y.shape)] = y
+    for block, a, b in zip(H.synthesis.blocks, c.channels, channels): block.to_image.weight[:, :a].mul_(math.sqrt(b / a))
+    return H.to(G.w_avg.device)
+
 # %% ../nbs/08_training.ipynb #c1e890e5
 def correlation(a:Tensor, b:Tensor) -> float: # (N,) each
     "Pearson's r"
     return float(torch.corrcoef(torch.stack([a.flatten().double(), b.flatten().double()]))[0, 1])
+
+@torch.no_grad()
+def encoder_figures(G:PoseFreeGenerator, E:LatentEncoder, image:Tensor, pose:Pose) -> dict: # image (N, 3, R, R), pose its truth
+    "How well an encoder reads true poses, and how near its latents come to the images, rendered again with deltas and without (dB)"
+    found = []
+    for x in image.to(G.w_avg.device).split(32):
+        w, deltas = E(x)
+        at = G.pose(w)
+        found.append(torch.cat([at.degrees(), *(10 * torch.log10(4 / (G.view(ws, at).rgb.clamp(-1, 1) - x).square().mean((1, 2, 3)))[:, None] for ws in (w[:, None] + deltas, w))], 1).cpu())
+    yaw, pitch, psnr, psnr_w = torch.cat(found).unbind(1)
+    true = pose.degrees().cpu()
+    return {k: round(v, 3) for k, v in dict(encoder_yaw_r=correlation(yaw, true[:, 0]), encoder_pitch_r=correlation(pitch, true[:, 1]), encoder_psnr=float(psnr.mean()), encoder_psnr_w=float(psnr_w.mean())).items()}
 
 @torch.no_grad()
 def pose_figures(G:PoseFreeGenerator, D:Discriminator, image:Tensor, pose:Pose, samples:int=2048) -> dict: # image (N, 3, R, R), pose its truth
@@ -510,4 +609,5 @@ def watch_poses(size:int, n:int=512, seed:int=20_000): # -> watch(state) for `fi
     first = HELD_OUT + seed
     batches = [portrait_batch(torch.arange(i, min(i + 50, first + n)), size) for i in range(first, first + n, 50)]
     image, pose = torch.cat([b.image for b in batches]), Pose.of(torch.cat([b.pose.stack() for b in batches]))
-    return lambda s: pose_figures(s.ema, s.d_ema, image, pose)
+    few = image[:96], Pose.of(pose.stack()[:96])
+    return lambda s: pose_figures(s.ema, s.d_ema, image, pose) | ({} if s.E is None else encoder_figures(s.ema, s.e_ema, *few))

@@ -23,6 +23,8 @@ from posefree_kit.discriminator import Discriminator, DiscriminatorConfig
 from posefree_kit.generator import GeneratorConfig
 from posefree_kit.pose import PoseFreeGenerator
 from posefree_kit.portraits import portrait, portrait_batch
+from posefree_kit.baselines import load_latent_encoder
+from posefree_kit.latent_encoder import LatentEncoder
 from posefree_kit.training import watch_poses
 
 @pytest.fixture(scope="module")
@@ -270,6 +272,12 @@ def test_train_exports_a_generator_that_loads(tmp_path):
     error(train(tmp_path/"s", "--kimg", 1, "--images", tmp_path/"nothing"), "expected a folder with images")
     error(train(tmp_path/"s", "--kimg", 1, "--grow-from", tmp_path/"nothing"), "expected the folder of a run")
     assert not (tmp_path/"s").exists()
+    code, _, err = train(tmp_path/"t", "--kimg", .008, "--portraits", 12, "--batch", 8, "--start", tmp_path/"r"/"generator.safetensors", "--encode", .5)
+    assert code == 0, err
+    H = load_generator(tmp_path/"t"/"generator.safetensors", "cpu")
+    assert isinstance(load_latent_encoder(H, tmp_path/"t"/"latent_encoder.safetensors"), LatentEncoder) and json.loads((tmp_path/"t"/"generator.json").read_text())["started_from"]["sha256"] == G.sha256
+    error(train(tmp_path/"s", "--kimg", 1, "--start", "portraits", "--grow-from", tmp_path/"r"), "--start or --grow-from")
+    error(train(tmp_path/"s", "--kimg", 1, "--encode", 2), "encode_share")
 
 def test_train_on_a_folder(home, tmp_path):
     (tmp_path/"pictures").mkdir()

@@ -24,8 +24,8 @@ LAZY = "plotly jupyter_core jupyter_client IPython ipykernel ipywidgets anywidge
 # The chapters in order, and what each may import itself; what those may import is allowed as well.
 MAY_IMPORT = dict(
     core="", camera="core", portraits="camera", rendering="core camera", stylegan="core", generator="rendering stylegan", pose="generator",
-    discriminator="stylegan camera", training="pose discriminator portraits", checkpoints="pose discriminator", features="core",
-    losses="camera features pose", optimiser="losses checkpoints", photos="core features", baselines="optimiser",
+    discriminator="stylegan camera", latent_encoder="pose", training="pose discriminator latent_encoder portraits", checkpoints="pose discriminator", features="core",
+    losses="camera features pose", optimiser="losses checkpoints", photos="core features", baselines="latent_encoder optimiser",
     evaluation="training portraits baselines optimiser", viewer="optimiser evaluation", scale="optimiser evaluation", benchmark="optimiser evaluation", cli="*")
 
 def allowed(module:str) -> set:

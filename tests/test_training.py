@@ -157,3 +157,54 @@ def test_mirrored_pictures_become_mirrored_poses(images):
         return first, off(s.D), "mirror" in parts
     (a, b, told), (c, d, silent) = after(5.), after(0.)
     assert a == c and b < .8 * a and b < d and told and not silent
+
+
+ENCODE = TrainConfig(batch=4, hold_kimg=0., bf16=False, encode_share=.5)
+
+def test_an_encoder_learns_along(images):
+    "It moves, the generator hears of the real images through it, and there is none where none is asked for"
+    import dataclasses
+    s, without = new_state(G8, D8, ENCODE), new_state(G8, D8, dataclasses.replace(ENCODE, encode_share=0.))
+    before = [p.clone() for p in s.E.parameters()]
+    parts, plain = train_step(s, images), train_step(without, images)
+    assert {"rec", "rec_seen", "known", "tame"} <= set(parts) and not {"rec", "known"} & set(plain) and without.E is None
+    assert any(not torch.equal(a, b) for a, b in zip(before, s.E.parameters())) and all(p.grad is not None for p in s.E.deltas.parameters())
+    with pytest.raises(InputError, match="encode_share"): TrainConfig(encode_share=-.1)
+
+
+def test_rendering_again_is_learnt(images):
+    "One picture, again and again, with the wish to render it again alone: it comes nearer"
+    one = UnposedImages(images.images[:1], mirror=False)
+    s = new_state(G8, D8, TrainConfig(batch=4, bf16=False, encode_share=1., encode_weight=200., encode_rate=.005, pose_weight=0., symmetry_weight=0.))
+    told = [train_step(s, one)["rec"] for _ in range(80)]
+    assert sum(told[-10:]) < .8 * sum(told[:10])
+
+
+def test_a_run_with_an_encoder_resumes_exactly(images, tmp_path):
+    whole = fit(images, tmp_path/"a", G8, D8, ENCODE, kimg=.024, progress=False, device="cpu")
+    fit(images, tmp_path/"b", G8, D8, ENCODE, kimg=.012, progress=False, device="cpu")
+    b = fit(images, tmp_path/"b", G8, D8, ENCODE, kimg=.024, progress=False, device="cpu")
+    for x, y in ((whole.E, b.E), (whole.e_ema, b.e_ema), (whole.G, b.G)): assert all(torch.equal(p, q) for p, q in zip(x.state_dict().values(), y.state_dict().values()))
+
+
+def test_widening_keeps_the_pictures():
+    from posefree_kit.training import widen
+    small = new_state(G8, D8, C).G
+    with torch.no_grad():
+        for p in small.parameters(): p.add_(.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+    big = widen(small, (12, 10), 80)
+    w = small.mapping(small.draw(3))
+    wide = torch.cat([w[:, :64], torch.randn(3, 16), w[:, 64:]], 1)
+    assert big.config.w_dim == 88 and big.config.channels == (12, 10)
+    with torch.no_grad(): assert torch.allclose(small.view(w, small.pose(w)).rgb, big.view(wide, big.pose(wide)).rgb, atol=1e-4)
+    assert torch.allclose(big.pose(big.mapping(big.draw(4096))).stack().std(0), small.pose(small.mapping(small.draw(4096))).stack().std(0), rtol=.05)
+    with pytest.raises(InputError, match="widen"): widen(small, (4, 8), 64)
+
+
+def test_going_on_with_a_generator(images):
+    from posefree_kit.training import go_on_with
+    s = new_state(G8, D8, C); s.ema.set_reader(s.d_ema)
+    t = go_on_with(s.ema, ENCODE)
+    assert t.G is not s.ema and t.G.reader is None and t.E is not None and t.config.condition_kimg == (0., 0.) and train_step(t, images)
+    s.ema.set_reader(None)
+    with pytest.raises(InputError, match="with the discriminator"): go_on_with(s.ema, C)

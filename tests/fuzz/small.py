@@ -11,7 +11,8 @@ from safetensors.torch import save
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from posefree_kit.baselines import LatentEncoder, LatentEncoderConfig, save_latent_encoder
+from posefree_kit.baselines import save_latent_encoder
+from posefree_kit.latent_encoder import LatentEncoder, LatentEncoderConfig
 from posefree_kit.checkpoints import save_checkpoint
 from posefree_kit.core import config_to_dict, save_json, save_tensors, sha256
 from posefree_kit.discriminator import Discriminator, DiscriminatorConfig
