@@ -16,6 +16,7 @@ from torch.utils.flop_counter import flop_registry
 from . import __version__
 from .core import InputError, save_json, whole_file
 from .discriminator import DiscriminatorConfig
+from .features import Sight
 from .generator import GeneratorConfig, Planes
 from .optimiser import PRESETS, invert, objective, prepare, quick
 from .portraits import HELD_OUT, portrait, portrait_batch
@@ -131,7 +132,8 @@ def step_parts(G, size:int=32, batch:int=8) -> list: # of Part; size: 16 or 32, 
     def inversion(H): # a step of the second stage
         nets, target = prepare(image, H, config)
         w, d = H.mapping(H.draw(1)).detach().requires_grad_(), torch.zeros(1, H.num_ws, H.config.w_dim, device=device, requires_grad=True)
-        return lambda: torch.autograd.grad(objective(nets, config, target, w, d, config.steps - 2)[0].sum(), (w, d))
+        sight = Sight(nets.psi, nets.phi, target)
+        return lambda: torch.autograd.grad(objective(nets, config, target, w, d, config.steps - 2, sight=sight)[0].sum(), (w, d))
     def training(compiled):
         s = new_state(GeneratorConfig(channels=GeneratorConfig().channels[:layers], render_resolution=size), DiscriminatorConfig(channels=DiscriminatorConfig().channels[-layers:]), TrainConfig(batch=batch), device)
         if compiled: s.G.compile_march()

@@ -7,9 +7,9 @@ __all__ = ['CLOTHES', 'FAMILY', 'OURS', 'YAWS', 'PITCHES', 'TORCHVISION', 'BACKB
            'arcface_logits', 'EncoderConfig', 'Residual', 'PortraitEncoder', 'photograph', 'decode', 'augment',
            'EncoderTraining', 'Trainer', 'train_encoder', 'freeze', 'unit', 'compare_maps', 'perceptual_distance',
            'calibrate', 'assets', 'save_encoder', 'load_encoder', 'encoder_card', 'Perceptual', 'Identity', 'Maps',
-           'verify', 'Weights', 'torch_home', 'find_weights', 'read_state', 'fill', 'LpipsMaps', 'Prepare',
-           'load_perceptual', 'load_identity', 'default_identity', 'default_perceptual', 'backends', 'Course',
-           'ship_encoder']
+           'fold', 'Sight', 'verify', 'Weights', 'torch_home', 'find_weights', 'read_state', 'fill', 'LpipsMaps',
+           'Prepare', 'load_perceptual', 'load_identity', 'default_identity', 'default_perceptual', 'backends',
+           'Course', 'ship_encoder']
 
 # %% ../nbs/10_features.ipynb #76999a05
 import importlib.resources, math, os, urllib.request, warnings
@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from .core import InputError, Net, check_range, check_shape, config_from_dict, config_to_dict, load_values, open_tensors, read_json, read_network, read_torch, resize, resolve_device, rng, save_json, save_values, sha256, tensor_bytes, whole_file
 
 # %% ../nbs/10_features.ipynb #5e4b919d
@@ -89,8 +90,8 @@ class PortraitEncoder(nn.Module):
         "Averages of the last map: what a Frechet distance compares"
         check_shape(image, "B 3 H W", "image")
         return self._maps(resize(image, self.config.size))[-1].mean((2, 3))
-    def forward(self, image:Tensor) -> Tensor: # (B, 3, H, H) in [-1, 1] -> (B, dim), unit length
-        return F.normalize(self.head(self.pooled(image)), dim=-1)
+    def embedding(self, pooled:Tensor) -> Tensor: return F.normalize(self.head(pooled), dim=-1) # (B, widths[-1]) -> (B, dim), unit length
+    def forward(self, image:Tensor) -> Tensor: return self.embedding(self.pooled(image)) # (B, 3, H, H) in [-1, 1] -> (B, dim), unit length
 
 # %% ../nbs/10_features.ipynb #4732223c
 CLOTHES = ("cloth_hue", "cloth_light", "cloth_stripe") # what a person may change
@@ -294,7 +295,8 @@ class Perceptual(nn.Module):
     def features(self, x:Tensor) -> list: # (B, 3, H, H) in [-1, 1] -> maps (B, C, h, w)
         "Maps as they are to be compared"
         check_shape(x, "B 3 H W", "image")
-        return [unit(m) * self.get_buffer(f"root{i}") for i, m in enumerate(self.network(self.prepare(x)))]
+        return self.weighted(self.network(self.prepare(x)))
+    def weighted(self, maps:list) -> list: return [unit(m) * self.get_buffer(f"root{i}") for i, m in enumerate(maps)]
     def distance(self, a:Tensor, b:Tensor, mask:Tensor|None=None) -> Tensor: return perceptual_distance(self.features, a, b, mask) # -> (B,)
     def forward(self, a, b, mask=None): return self.distance(a, b, mask)
     def train(self, mode=True): return super().train(False) # frozen means frozen
@@ -323,9 +325,42 @@ OURS = {"portrait": "portrait-id", "portrait-eval": "portrait-id-eval"} # name -
 
 def _source(path, digest=None) -> str: return f"{Path(path).name} sha256:{(digest or sha256(path))[:12]}" # which file a network came from
 
+def fold(net:PortraitEncoder) -> PortraitEncoder: # a frozen encoder, which is changed
+    "The same function with every batch normalisation inside the convolution before it, channels last in memory: less to do for a picture and on the way back"
+    for m in net.modules():
+        if isinstance(m, Residual): (m.conv0, m.norm0), (m.conv1, m.norm1) = ((fuse_conv_bn_eval(c, n), nn.Identity()) for c, n in ((m.conv0, m.norm0), (m.conv1, m.norm1)))
+    net.first[0], net.first[1] = fuse_conv_bn_eval(net.first[0], net.first[1]), nn.Identity()
+    return freeze(net).to(memory_format=torch.channels_last)
+
 def _ours(name, weights):
     net = load_encoder(weights or OURS[name])
-    return net, _source(f"{net.card['name']}.safetensors", net.card["sha256"])
+    return fold(net), _source(f"{net.card['name']}.safetensors", net.card["sha256"])
+
+class Sight:
+    "Psi and phi while a picture is looked for: the target is looked at once, and one pass serves both networks where they are the same encoder"
+    def __init__(self, psi, phi, target:Tensor): # target: (B, 3, R, R), the same in every step
+        self.psi, self.phi, self.whole = psi, phi, target
+        self.ours = isinstance(psi, Perceptual) and type(psi).distance is Perceptual.distance, isinstance(phi, Identity)
+        self.one = all(self.ours) and isinstance(psi.network, Maps) and isinstance(phi.network, PortraitEncoder) and psi.source == phi.source
+        self.targets, self.kept, self.now = {}, {}, {}
+    def target(self, size:int) -> Tensor: # (B, 3, size, size): the same tensor every time
+        if size not in self.targets: self.targets[size] = resize(self.whole, size)
+        return self.targets[size]
+    def _once(self, what, x, f): # f(x), remembered: for a target until the end, for any other picture until `forget`
+        memory = self.kept if any(x is t for t in self.targets.values()) else self.now
+        if (what, id(x)) not in memory: memory[what, id(x)] = x, f(x) # x itself as well: nothing else takes its id meanwhile
+        return memory[what, id(x)][1]
+    def forget(self): self.now = {} # the step's pictures
+    def _maps(self, x): check_shape(x, "B 3 H W", "image"); return self._once("maps", x, lambda x: self.psi.network(self.psi.prepare(x)))
+    def features(self, x:Tensor) -> list: # as `Perceptual.features`
+        return self._once("features", x, (lambda x: self.psi.weighted(self._maps(x))) if self.one else self.psi.features)
+    def distance(self, a:Tensor, b:Tensor) -> Tensor: # (B, 3, H, H) twice -> (B,), as `Perceptual.distance`
+        return perceptual_distance(self.features, a, b) if self.ours[0] else self.psi.distance(a, b)
+    def embed(self, x:Tensor) -> Tensor: # as `Identity.embed`
+        if not self.ours[1]: return self.phi.embed(x)
+        net = self.phi.network
+        if not self.one or x.shape[-1] > net.config.size: return self._once("embedding", x, self.phi.embed) # psi looks at more pixels than phi
+        return self._once("embedding", x, lambda x: F.normalize(net.embedding(self._maps(x)[-1].mean((2, 3))).float(), dim=-1))
 
 # %% ../nbs/10_features.ipynb #fe3bec5d
 YAWS, PITCHES = (-.6, -.2, .2, .6), (.1, -.12, .12, -.1) # radians: how people are seen when an encoder is verified

@@ -396,13 +396,13 @@ class CompiledMarch(torch.autograd.Function):
         (b, n, s), sizes = x[3].shape, (x[0].shape[-1], len(x[4]), len(x[6]) - 1)
         tasks = _bundles(b, n); many = len(tasks) // b
         table = x[0].new_zeros(b, many, *x[0].shape[1:])
-        net = x[0].new_empty(len(tasks), sum(a.numel() for a in x[4:]))
+        net = x[0].new_empty(len(tasks), sum(a.numel() for a in x[4:])) if any(ctx.needs_input_grad[5:]) else None # fixed weights: less to do
         rays = [torch.empty_like(a) if any(ctx.needs_input_grad[2:4]) else None for a in x[1:3]]
         part = lambda a, i, j, k: None if a is None else a[i, j:k]
         def one(q, i, j, k):
-            _call("march_backward", ctx.field, sizes, (x[0][i], *(a[i, j:k] for a in x[1:4]), *x[4:], *(g[i, j:k] for g in grads)), k - j, s, [table[i, q % many], net[q], *(part(a, i, j, k) for a in rays)])
+            _call("march_backward", ctx.field, sizes, (x[0][i], *(a[i, j:k] for a in x[1:4]), *x[4:], *(g[i, j:k] for g in grads)), k - j, s, [table[i, q % many], None if net is None else net[q], *(part(a, i, j, k) for a in rays)])
         _each(one, [(q, *task) for q, task in enumerate(tasks)])
-        weights = (g.view_as(a) for g, a in zip(net.sum(0).split([a.numel() for a in x[4:]]), x[4:]))
+        weights = (None,) * 4 if net is None else (g.view_as(a) for g, a in zip(net.sum(0).split([a.numel() for a in x[4:]]), x[4:]))
         return None, table.sum(1) if many > 1 else table[:, 0], *rays, None, *weights
 
 def compiled_rays(planes:Tensor, origins:Tensor, dirs:Tensor, t:Tensor, decoder:Decoder, config:GeneratorConfig) -> Rays: # (B, 3, C, H, W), (B, N, 3) twice, (B, N, S)

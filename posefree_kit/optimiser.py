@@ -17,7 +17,7 @@ from torch import Tensor
 from . import losses
 from .camera import Pose, mirror
 from .core import DivergedError, InputError, check_range, check_shape, config_hash, config_to_dict, memory_advice, resize, rng
-from .features import backends, load_identity, load_perceptual
+from .features import Sight, backends, load_identity, load_perceptual
 from .generator import View
 from .pose import LIMIT, PoseFreeGenerator
 
@@ -144,17 +144,20 @@ def objective(
     step:int, weights:dict|None=None, # None: those of the schedules
     pose:Pose|None=None, # None: f(w), as in the paper; a camera of its own in Pose Opt (chapter 14)
     terms:dict={}, # further losses: name -> (weight, f(planes, pose, view, target) -> (B,)); weight: a number or a `Schedule`
+    sight:Sight|None=None, # of this target, where more than one step looks at it
 ) -> tuple: # total (B,), parts {name: (B,)}, weights {name: lambda}, pose, view
     "The losses that are due at this step, and their weighted sum (Eq. 6)"
     G, (stage, _, p) = nets.generator, config.at(step)
     shrink = config.stages[stage].shrink
-    target = resize(target, G.resolution // shrink)
+    if sight is None or sight.whole is not target: sight = Sight(nets.psi, nets.phi, target)
+    target = sight.target(G.resolution // shrink)
     pose, planes = G.pose(w) if pose is None else pose, G.planes(w[:, None] + deltas)
     view = render_at(G, planes, pose, shrink)
     lam = dict(rec=config.rec(p), raw=config.raw * config.rec(p), id=config.id(p), mv=config.mv(p) * config.mv_every, geo=config.geo(p), w_prior=config.w_prior, delta_prior=config.delta_prior) | (weights or {})
-    parts = dict(rec=losses.rec(view.rgb, target, nets.psi.distance, config.l1, config.perceptual_weight))
+    parts = dict(rec=losses.rec(view.rgb, target, sight.distance, config.l1, config.perceptual_weight))
     if view.rgb is not view.rgb_raw and lam["raw"]: parts["raw"] = losses.rec(view.rgb_raw, resize(target, view.rgb_raw.shape[-1]), nets.psi.distance, config.l1, config.perceptual_weight)
-    if lam["id"]: parts["id"] = losses.identity(view.rgb, target, nets.phi.embed)
+    if lam["id"]: parts["id"] = losses.identity(view.rgb, target, sight.embed)
+    sight.forget()
     if lam["mv"] and step % config.mv_every == 0:
         size = view.depth.shape[-1]
         parts["mv"] = losses.multiview(G, planes, view, pose, view_offsets(config, step), nets.psi.features, config.mv_grad_depth, size=size)
@@ -280,7 +283,7 @@ class Step:
 def run(nets:Networks, target:Tensor, config:InvertConfig, state:InvertState, callback=None, terms:dict={}) -> InvertState: # terms: as in `objective`
     "Optimise from `state.step` to the end, or until the callback returns False"
     G = nets.generator
-    std = G.mapping(G.draw(512, config.seed)).std(0)
+    std, sight = G.mapping(G.draw(512, config.seed)).std(0), Sight(nets.psi, nets.phi, target)
     while state.step < config.steps:
         stage, p, done = config.at(state.step)
         s, free, here = config.stages[stage], state.free, state.here()
@@ -291,7 +294,7 @@ def run(nets:Networks, target:Tensor, config:InvertConfig, state:InvertState, ca
         noise = 0. if stage else config.noise * max(0., 1 - p / .75) ** 2
         shaken = w + noise * std * torch.randn(1, w.shape[-1], generator=rng(config.seed * 104_729 + state.step)).to(w) if noise else w
         angles = None if free is None else free.angles.clone().requires_grad_()
-        total, parts, lam, pose, view = objective(nets, config, target, shaken, d, state.step, pose=None if free is None else Pose.of(angles), terms=terms)
+        total, parts, lam, pose, view = objective(nets, config, target, shaken, d, state.step, pose=None if free is None else Pose.of(angles), terms=terms, sight=sight)
         params = [] if free and state.step < free.preheat else [w] + ([d] if state.d is not None else [])
         grads = list(torch.autograd.grad(total.sum(), params + ([] if free is None else [angles])))
         if not (total.isfinite().all() and all(g.isfinite().all() for g in grads)):

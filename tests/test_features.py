@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from posefree_kit.core import InputError, config_to_dict, rng, save_values, sha256
 from posefree_kit.features import (OURS, SHIPPED, EncoderConfig, EncoderTraining, PortraitEncoder, Trainer, arcface_logits, assets, augment, backends, calibrate, decode,
-                                   default_identity, default_perceptual, encoder_card, freeze, load_encoder, load_identity, load_perceptual, perceptual_distance,
+                                   default_identity, default_perceptual, encoder_card, fold, freeze, load_encoder, load_identity, load_perceptual, perceptual_distance,
                                    photograph, save_encoder, train_encoder, verify)
 from posefree_kit.portraits import HELD_OUT, portrait_batch
 
@@ -254,3 +254,9 @@ def test_distance_takes_any_features():
     a = torch.rand(2, 3, 8, 8)
     assert torch.allclose(perceptual_distance(lambda x: [x], a, a + .1), torch.full((2,), .03), atol=1e-6)
     assert decode(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [-1, 1]
+
+
+def test_a_folded_encoder_is_the_same_function(noise):
+    plain, folded = load_encoder("portrait-id-eval"), fold(load_encoder("portrait-id-eval"))
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in folded.modules()) and not any(p.requires_grad for p in folded.parameters())
+    for a, b in zip([*plain.features(noise), plain(noise)], [*folded.features(noise), folded(noise)]): assert torch.allclose(a, b, rtol=1e-4, atol=1e-5 * float(a.abs().max()))

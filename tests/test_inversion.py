@@ -7,6 +7,7 @@ from posefree_kit.camera import Pose
 from posefree_kit.checkpoints import load_generator, read_card, save_checkpoint, shipped
 from posefree_kit.core import InputError, config_to_dict, sha256
 from posefree_kit.discriminator import Discriminator, DiscriminatorConfig
+from posefree_kit.features import Sight, load_identity, load_perceptual
 from posefree_kit.generator import GeneratorConfig
 from posefree_kit.optimiser import DivergedError, Networks, Stage, candidates, constant, invert, objective, paper, quick, ramp, with_steps
 from posefree_kit.pose import PoseFreeGenerator
@@ -194,3 +195,28 @@ def test_every_stage_of_the_paper_preset_has_every_loss(kind):
         total, parts, *_, view = objective(nets, config, target, w, torch.zeros(1, big.num_ws, big.config.w_dim), step)
         assert {"rec", "id", "mv", "geo"} <= set(parts) and total.isfinite().all() and parts["mv"] > 0
         assert view.rgb.shape[-1] == big.resolution // config.stages[0 if step < 400 else 1].shrink
+
+
+@pytest.mark.parametrize("phi", ["portrait", "portrait-eval"]) # the same encoder as psi, and another
+@pytest.mark.parametrize("size", [32, 64, 128]) # at 128 psi looks at more pixels than phi
+def test_a_sight_sees_what_psi_and_phi_see(phi, size):
+    g = torch.Generator().manual_seed(0)
+    psi, phi, target = load_perceptual("portrait"), load_identity(phi), torch.rand(2, 3, 128, 128, generator=g) * 2 - 1
+    sight, x = Sight(psi, phi, target), (torch.rand(2, 3, size, size, generator=g) * 2 - 1).requires_grad_()
+    small = sight.target(size)
+    assert sight.one == (phi.name == "portrait") and sight.target(size) is small
+    def losses_of(eyes): return eyes.distance(x, small), losses.identity(x, small, eyes.embed)
+    class Apart: distance, embed = psi.distance, phi.embed
+    for _ in range(2): # the second time the target is known
+        got, want = losses_of(sight), losses_of(Apart)
+        for a, b in zip(got, want): assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+        ours, theirs = (torch.autograd.grad(sum(y).sum(), x)[0] for y in (got, want))
+        assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5 * float(theirs.abs().max()))
+        sight.forget()
+    assert not sight.now and all(k[1] == id(small) for k in sight.kept)
+
+
+def test_a_sight_asks_networks_of_others_as_they_are():
+    x, target = torch.rand(1, 3, 8, 8), torch.rand(1, 3, 16, 16)
+    sight = Sight(Pixels, Pixels, target)
+    assert torch.equal(sight.distance(x, sight.target(8)), Pixels.distance(x, sight.target(8))) and torch.equal(sight.embed(x), Pixels.embed(x)) and not sight.kept

@@ -103,6 +103,19 @@ def test_compiled_march_is_the_same_function(sizes, scenes):
     for a, b in zip(run(G), run(fast)): assert torch.allclose(a, b, rtol=1e-3, atol=1e-4 * float(a.detach().abs().max()))
 
 
+@needs_compiler
+@pytest.mark.parametrize("size", [1, 3, 8, 11]) # rays go eight at a time: fewer than eight in all, and some left over
+def test_compiled_march_with_fixed_weights(size):
+    torch.manual_seed(0)
+    G = PoseFreeGenerator(GeneratorConfig(channels=(8, 8, 8), render_resolution=12, samples=7)).start().requires_grad_(False)
+    fast, w = copy.deepcopy(G).compile_march(), G.mapping(G.draw(1))
+    def run(G):
+        ws, turn = w.clone().requires_grad_(), torch.tensor([.3, -.5], requires_grad=True)
+        v = G.render(G.planes(ws), Pose(turn, turn / 2), size=size)
+        return [v.rgb, v.depth, v.weight, *torch.autograd.grad(v.rgb.square().sum() + v.depth.square().sum() + v.weight.square().sum(), [ws, turn])]
+    for a, b in zip(run(G), run(fast)): assert torch.allclose(a, b, rtol=1e-4, atol=1e-5 * float(a.detach().abs().max()))
+
+
 def test_compiled_march_refuses_what_it_cannot_do(monkeypatch):
     with pytest.raises(InputError, match="got march plain, lrelu 4 / 32 / 3"): Generator(SMALL).compile_march()
     with pytest.raises(InputError, match="no fine samples"): Generator(GeneratorConfig(fine_samples=4)).compile_march()
