@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
-from .camera import Pose
+from .camera import Pose, mirror
 from .core import InputError, check_range, check_shape
 from .stylegan import Conv, Linear, ResidualBlock, group_std, lrelu
 
@@ -92,8 +92,9 @@ class Discriminator(nn.Module):
         return Judgement(score, Pose.of(head * self.unit))
 
     def read_pose(self, image:Tensor) -> Pose: # (B, 3, R, R)
-        "The pose head alone, `calibrated`: the first guess used by inversion (chapter 12)"
-        return Pose.of(self.calibrated(self.pose_head(self.trunk(image).float().flatten(1))) * self.unit)
+        "The pose head alone, `calibrated`: the first guess used by inversion (chapter 12). The mean of what it reads off the picture, and off its mirror image, turned back (ours)"
+        seen, mirrored = Pose.of(self.calibrated(self.pose_head(self.trunk(torch.cat([image, image.flip(-1)])).float().flatten(1))) * self.unit).stack().chunk(2)
+        return Pose.of((seen + mirror(Pose.of(mirrored)).stack()) / 2)
 
     def calibrated(self, read:Tensor) -> Tensor: # (B, 2) in units
         "Readings of real images, moved and scaled to the mean and the spread of generated poses: (read - pose_mean) * pose_gain (ours)"

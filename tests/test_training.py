@@ -2,6 +2,7 @@
 import inspect, json
 import pytest
 import torch
+from posefree_kit.camera import Pose, mirror
 from posefree_kit.core import InputError
 from posefree_kit.discriminator import DiscriminatorConfig
 from posefree_kit.generator import GeneratorConfig, View
@@ -106,7 +107,9 @@ def test_real_readings_are_scaled_to_the_generated_spread(images):
     for _ in range(12): train_step(s, images)
     assert (s.D.pose_gain > 1).all()                     # an untrained head reads next to nothing
     x = images.images.float() / 127.5 - 1
-    assert torch.allclose(s.D.read_pose(x).stack(), (s.D(x).pose.stack() - s.D.pose_mean * s.D.unit) * s.D.pose_gain, atol=1e-6)
+    scaled = lambda x: Pose.of((s.D(x).pose.stack() - s.D.pose_mean * s.D.unit) * s.D.pose_gain)
+    assert torch.allclose(s.D.read_pose(x).stack(), (scaled(x).stack() + mirror(scaled(x.flip(-1))).stack()) / 2, atol=1e-5)
+    assert torch.allclose(s.D.read_pose(x.flip(-1)).stack(), mirror(s.D.read_pose(x)).stack(), atol=1e-6)      # a mirrored picture is a mirrored pose
     still = new_state(G8, D8, TrainConfig(batch=4, bf16=False, calibrate=0.))
     train_step(still, images)
     one = new_state(G8, D8, TrainConfig(batch=1, bf16=False))
@@ -117,7 +120,6 @@ def test_real_readings_are_scaled_to_the_generated_spread(images):
 
 def test_some_are_judged_at_what_is_read(images):
     "Rows marked as such get the score of the reading, the others that of the given pose"
-    from posefree_kit.camera import Pose
     s = new_state(G8, D8, C); D = s.D; D.condition = 1.
     x, own = images.images[:4].float() / 127.5 - 1, torch.tensor([True, False, True, False])
     given = Pose.deg([30., -30., 10., 5.])
@@ -145,7 +147,6 @@ def test_the_discriminator_that_reads_is_an_average(images, tmp_path):
 
 def test_mirrored_pictures_become_mirrored_poses(images):
     "With the wish alone, readings of a picture and of its mirror image come to agree"
-    from posefree_kit.camera import mirror
     from posefree_kit.training import pose_loss
     x = images.images.float() / 127.5 - 1
     off = lambda D: float(pose_loss(D(x.flip(-1)).pose, mirror(D(x).pose), D.unit).detach())
