@@ -12,7 +12,7 @@ from posefree_kit.camera import Pose
 from posefree_kit.generator import FrozenField, GeneratorConfig, add_rows, add_scene_rows, plane_table, pof3d_config, row_dots, sample_planes, sample_planes_plain
 from posefree_kit.pose import PoseFreeGenerator
 from posefree_kit.rendering import march, march_eg3d, render_rays, render_rays_eg3d, softplus_density
-from posefree_kit.stylegan import FrozenConv, ModConv, ToImage, modulated_conv, plain_conv, scaled_conv, upsample
+from posefree_kit.stylegan import FrozenConv, ModConv, ToImage, fixed, modulated_conv, plain_conv, scaled_conv, upsample
 
 sys.path.insert(0, str(Path(__file__).parent/"benchmarks"))
 import naive
@@ -213,3 +213,20 @@ def test_doubling_is_its_own_convolution():
     for y in (upsample(x), upsample(x.contiguous(memory_format=torch.channels_last))):
         d = torch.randn_like(y)
         same([y, *torch.autograd.grad(y, x, d)], [naive.double(x), *torch.autograd.grad(naive.double(x), x, d)], 1e-12)
+
+
+def test_what_is_kept_of_a_weight_follows_the_weight():
+    layer, x, w = ModConv(4, 5, 3).requires_grad_(False), torch.randn(1, 4, 3, 3), torch.randn(1, 3)
+    plain = lambda: plain_conv(x, layer.style(w), layer.weight, layer.bias, None, True, False, True, None)
+    assert torch.allclose(layer(x, w), plain(), atol=1e-5) and fixed(layer.weight) is fixed(layer.weight)
+    before = layer(x, w)
+    changes = [lambda: layer.weight.mul_(torch.rand_like(layer.weight)), lambda: layer.load_state_dict({k: torch.randn_like(v) for k, v in layer.state_dict().items()}), lambda: setattr(layer, "weight", torch.nn.Parameter(torch.randn_like(layer.weight), requires_grad=False))]
+    for change in changes:
+        change()
+        assert torch.allclose(layer(x, w), plain(), atol=1e-5) and not torch.allclose(layer(x, w), before, atol=1e-2)
+    double = copy.deepcopy(layer).double()
+    assert double(x.double(), w.double()).dtype == torch.float64 and torch.allclose(double(x.double(), w.double()).float(), layer(x, w), atol=1e-5)
+    with torch.inference_mode():
+        fresh = ModConv(4, 5, 3)
+        fresh(x, w)
+    assert torch.allclose(layer(x, w), plain(), atol=1e-5)
