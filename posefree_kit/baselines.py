@@ -442,11 +442,14 @@ def encoder_latent(
     net:LatentEncoder|None=None, # as for `encoder`
     psi=None, phi=None,
 ) -> Inversion:
-    "The paper's future work: the encoder's code instead of a start search, then latent-only optimisation"
+    "The paper's future work: the encoder's code as one more start of the search, with its deltas where it wins; then latent-only optimisation"
     t0 = time.time()
     nets, target = prepare(image, generator, config, psi, phi)
-    inv = invert(target, generator, config, callback, encode(net or load_latent_encoder(generator), target, config), nets.psi, nets.phi)
-    inv.report |= dict(method="encoder+latent", seconds=round(time.time() - t0, 2))
+    said = encode(net or load_latent_encoder(generator), target, config)
+    w, starts, won = said.w, None, torch.ones(len(target), device=target.device)
+    if config.start_steps: w, starts = search_start(nets, target, config, said.w); won = (starts.argmin(1) == starts.shape[1] - 1).float()
+    inv = invert(target, generator, config, callback, InvertState(w, None if said.d is None else said.d * won[:, None, None]), nets.psi, nets.phi)
+    inv.report |= dict(method="encoder+latent", seconds=round(time.time() - t0, 2), start_scores=None if starts is None else starts.tolist())
     return inv
 
 # %% ../nbs/14_baselines.ipynb #3f386731

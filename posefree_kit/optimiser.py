@@ -209,9 +209,13 @@ def candidates(G:PoseFreeGenerator, target:Tensor, config:InvertConfig) -> Tenso
         out.append(torch.cat([best[:max(k - 2, 1)], pool[:1], flipped])[:k])
     return torch.stack(out)
 
-def search_start(nets:Networks, target:Tensor, config:InvertConfig) -> tuple: # w (B, w_dim), and what each start came to (B, starts)
+def search_start(
+    nets:Networks, target:Tensor, config:InvertConfig,
+    also:Tensor|None=None, # (B, w_dim) one start more: the last
+) -> tuple: # w (B, w_dim), and what each start came to (B, starts)
     "The best of a few briefly optimised starts"
     w = candidates(nets.generator, target, config)
+    if also is not None: w = torch.cat([w, also[:, None]], 1)
     b, k, d = w.shape
     if k == 1 or not config.start_steps: return w[:, 0], torch.zeros(b, k)
     brief = dataclasses.replace(config, space="w", stages=(dataclasses.replace(config.stages[0], steps=config.start_steps, layers=False),), mv=constant(0.), geo=constant(0.), id=constant(0.), noise=0.)

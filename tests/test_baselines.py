@@ -213,9 +213,15 @@ def test_an_encoder_belongs_to_its_generator(G, tmp_path):
 def test_the_encoder_is_a_start_for_the_optimiser(G):
     net, x, seen = fresh_encoder(G, 5), G.sample(2, seed=5)[1].rgb, []
     look = encoder(x, G, TINY, net=net, **frozen)
-    inv = encoder_latent(x, G, dataclasses.replace(TINY, noise=0.), lambda s: seen.append(s.pose), net=net, **frozen)
+    inv = encoder_latent(x, G, dataclasses.replace(TINY, noise=0., start_steps=0), lambda s: seen.append(s.pose), net=net, **frozen)
     assert torch.equal(look.w, net(x)[0]) and torch.equal(seen[0].yaw, look.pose.yaw) and not torch.equal(inv.w, look.w) and look.trace == []
     assert encoder_latent(x, G, dataclasses.replace(TINY, space="w"), net=net, **frozen).deltas.abs().max() == 0
+    w = G.mapping(G.draw(2, 5))
+    knows = lambda image: (w, torch.ones(2, G.num_ws, w.shape[1]))                # an encoder that is right wins the search, and its deltas stay
+    for net, wins in ((knows, True), (lambda image: (w + 50., knows(image)[1]), False)):
+        inv = encoder_latent(x, G, dataclasses.replace(TINY, stages=(Stage(1, 2, 0., True),)), net=net, **frozen)
+        scores = torch.tensor(inv.report["start_scores"])
+        assert scores.shape == (2, TINY.starts + 1) and bool((scores.argmin(1) == TINY.starts).all()) == wins and bool((inv.deltas.abs().amax((1, 2)) > .5).all()) == wins
 
 
 def test_the_shipped_encoder_is_small_and_knows_its_generator(face):
