@@ -52,6 +52,7 @@ def fresh_encoder(G:PoseFreeGenerator, seed:int=0, start:LatentEncoder|None=None
     if start is not None and start.config != c: raise InputError(f"start: expected an encoder of the shape {c}, got {start.config}")
     with torch.random.fork_rng([]): torch.manual_seed(seed); net = LatentEncoder(c)
     if start is not None: net.load_state_dict(start.state_dict())
+    own = start is not None and G.sha256 and getattr(start, "card", {}).get("generator", {}).get("sha256") == G.sha256
     with torch.no_grad(): w = G.mapping(G.draw(4096, seed))
-    net.mean.copy_(w.mean(0)); net.std.copy_(w.std(0))
+    if not own: net.mean.copy_(w.mean(0)); net.std.copy_(w.std(0))                 # one that speaks of this very generator keeps its units
     return net.to(w.device)

@@ -261,20 +261,19 @@ class Fakes:
         self.read = (torch.rand(n, generator=generator) < c.read_share)[rows].to(s.device) # judged at what is read off them
         ws, self.encoded = s.G.expand_ws(self.w), None
         if s.E is not None:
-            picked, whole = torch.randperm(n, generator=generator) < n * c.encode_share, torch.rand(n, generator=generator) < .5 # half of them without deltas, so that one w for all layers learns too
+            picked, bare = torch.randperm(n, generator=generator) < n * c.encode_share, torch.rand(n, generator=generator) < .5 # half of them without deltas, so that one w for all layers learns too
             at = picked[rows].nonzero()[:, 0].to(s.device)
-            self.encoded = Encoded(s, real[at], at, whole[rows].to(s.device)[at], int(picked.sum()))
-            look, view = self.encoded.ws[..., :s.G.config.look_dim], ws[at][..., s.G.config.look_dim:]
-            ws = ws.index_copy(0, at, torch.cat([look, view], -1)) # their look, another's view
+            self.encoded = Encoded(s, real[at], at, bare[rows].to(s.device)[at], int(picked.sum()))
+            ws = ws.index_copy(0, at, self.encoded.ws) # their looks; the poses stay those of the codes that were drawn
         with torch.autocast(s.device.type, torch.bfloat16, enabled=s.bf16): self.planes = s.G.planes(ws)
         self.view = s.G.render(self.planes, self.pose, jitter=1., generator=Part(rng(jitter_seed, s.device), n, rows))
 
 class Encoded:
     "Real images as the encoder reads them: latents, and in `loss` what they look like when rendered again"
-    def __init__(self, s:TrainState, image:Tensor, at:Tensor, whole:Tensor, many:int): # image (b, 3, R, R); at (b,) their places in this process's batch; whole (b,) bool: without deltas; many: over all processes
+    def __init__(self, s:TrainState, image:Tensor, at:Tensor, bare:Tensor, many:int): # image (b, 3, R, R); at (b,) their places in this process's batch; bare (b,) bool: without deltas; many: over all processes
         self.image, self.at, self.many = image, at, many
         with torch.autocast(s.device.type, torch.bfloat16, enabled=s.bf16): self.w, self.deltas = s.E(image)
-        self.ws = self.w[:, None] + torch.where(whole[:, None, None], 0., self.deltas)
+        self.ws = self.w[:, None] + torch.where(bare[:, None, None], 0., self.deltas)
 
     def loss(self, s:TrainState, fakes:Fakes, sigma:float, generator:torch.Generator|Part) -> dict: # -> {name: scalar}
         "The same planes from the pose that the encoder's own w carries, against the image; and the encoder on pictures whose latents are known"
@@ -282,7 +281,8 @@ class Encoded:
         spread = lambda w: ((w - s.E.mean) / s.E.std)
         seen = s.E(fakes.view.rgb.detach())[0] # of all generated images
         prior = torch.ones(len(seen), 1, device=seen.device).index_fill(0, self.at, 0.)
-        off = (G.pose(seen).stack() - fakes.pose.stack().detach()) / s.D.unit
+        spoken = torch.func.functional_call(G.pose_learner, {k: p.detach() for k, p in G.pose_learner.named_parameters()}, (seen,)) # the pose learner does not bend to the encoder's errors
+        off = (spoken.stack() - fakes.pose.stack().detach()) / s.D.unit
         known = off.square().sum(1) / 2 + (prior * (spread(seen) - spread(fakes.w.detach()))[:, :look].square()).mean(1) + .02 * spread(seen)[:, look:].square().sum(1)
         share = s.share.count / self.many
         parts = dict(known=c.encode_known_weight * known.mean(), tame=share * (.01 * spread(self.w).square().mean(1) + 2e-4 * self.deltas.square().sum((1, 2))).sum())
@@ -565,17 +565,20 @@ def widen(G:PoseFreeGenerator, channels:tuple, look_dim:int, seed:int=0) -> Pose
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         H = PoseFreeGenerator(config)
-    H.w_avg.copy_(H.mapping(H.draw(8192, seed)).mean(0))
     old = G.state_dict()
     for name, x in H.state_dict().items():
+        if name == "w_avg": continue
         y = old[name]
-        if name == "w_avg": x[:c.look_dim], x[look_dim:] = y[:c.look_dim], y[c.look_dim:]; continue
         if x.ndim >= 2 and name.endswith("weight"):
             x[:len(y)] = 0                                                              # old outputs hear nothing of new inputs
             if x.ndim == 2: y = y * math.sqrt(x.shape[1] / y.shape[1])                  # `Linear` divides by the root of its inputs
         x[tuple(slice(n) for n in y.shape)] = y
     for block, a, b in zip(H.synthesis.blocks, c.channels, channels): block.to_image.weight[:, :a].mul_(math.sqrt(b / a))
-    return H.to(G.w_avg.device)
+    H.to(G.w_avg.device)
+    H.w_avg.copy_(H.mapping(H.draw(8192, seed)).mean(0))
+    H.w_avg[:c.look_dim], H.w_avg[look_dim:] = G.w_avg[:c.look_dim], G.w_avg[c.look_dim:]
+    H.name = G.name; H.set_reader(G.reader)
+    return H
 
 # %% ../nbs/08_training.ipynb #c1e890e5
 def correlation(a:Tensor, b:Tensor) -> float: # (N,) each

@@ -3,10 +3,10 @@ import inspect, json
 import pytest
 import torch
 from posefree_kit.camera import Pose, mirror
-from posefree_kit.core import InputError
+from posefree_kit.core import InputError, rng
 from posefree_kit.discriminator import DiscriminatorConfig
 from posefree_kit.generator import GeneratorConfig, View
-from posefree_kit.training import TrainConfig, UnposedImages, fit, grow, load_state, new_state, relit, train_step
+from posefree_kit.training import Fakes, TrainConfig, UnposedImages, fit, grow, load_state, new_state, relit, train_step
 
 G8, D8 = GeneratorConfig(channels=(8, 8), plane_channels=4, render_resolution=8, samples=6), DiscriminatorConfig(channels=(8, 8))
 C = TrainConfig(batch=4, hold_kimg=0.)
@@ -173,6 +173,15 @@ def test_an_encoder_learns_along(images):
     with pytest.raises(InputError, match="encode_share"): TrainConfig(encode_share=-.1)
 
 
+def test_the_pose_learner_does_not_bend_to_the_encoder(images):
+    "What the encoder gets wrong about poses is the encoder's to mend"
+    s = new_state(G8, D8, ENCODE)
+    fakes = Fakes(s, rng(0), images.batch(4, rng(1)))
+    known = fakes.encoded.loss(s, fakes, 0., rng(2))["known"]
+    assert all(g is None for g in torch.autograd.grad(known, list(s.G.pose_learner.parameters()), retain_graph=True, allow_unused=True))
+    assert all(g is not None for g in torch.autograd.grad(known, list(s.E.w.parameters())))
+
+
 def test_rendering_again_is_learnt(images):
     "One picture, again and again, with the wish to render it again alone: it comes nearer"
     one = UnposedImages(images.images[:1], mirror=False)
@@ -207,5 +216,7 @@ def test_going_on_with_a_generator(images):
     s = new_state(G8, D8, C); s.ema.set_reader(s.d_ema)
     t = go_on_with(s.ema, ENCODE)
     assert t.G is not s.ema and t.G.reader is None and t.E is not None and t.config.condition_kimg == (0., 0.) and train_step(t, images)
+    from posefree_kit.training import widen
+    assert train_step(go_on_with(widen(s.ema, (10, 12), 70), ENCODE), images)           # wider, then on
     s.ema.set_reader(None)
     with pytest.raises(InputError, match="with the discriminator"): go_on_with(s.ema, C)

@@ -57,7 +57,7 @@ def pickles(a):
         for data in BOMBS.values(): path.write_bytes(data); refused(path); count["bombs"] += 1
     yield "", dict(count, refused=sum(count.values()), command=f"python tests/fuzz/report.py --only pickles --pickles {a.pickles}")
 
-def batches(a): yield "", told("tests/benchmarks/scale.py", "--threads", a.threads, "--rounds", a.rounds, "--clock", a.clock)
+def batches(a): yield "", told("tests/benchmarks/scale.py", "--threads", a.threads, "--rounds", a.rounds, "--clock", a.clock, *(["--compiled"] if a.compiled else []))
 
 def node(a): yield "", told("tests/fuzz/lost_node.py")
 
@@ -69,7 +69,7 @@ def main():
     p.add_argument("--only", nargs="+", choices=list(SECTIONS), default=list(SECTIONS)); p.add_argument("--seed", type=int, default=0)
     p.add_argument("--n", type=int, default=20, help="kills of each command"); p.add_argument("--commands", nargs="+", choices=list(COMMANDS), default=list(COMMANDS))
     p.add_argument("--cases", type=int, default=10_000, help="mutated files"); p.add_argument("--pickles", type=int, default=2000, help="hostile programs")
-    p.add_argument("--threads", type=int, default=2); p.add_argument("--rounds", type=int, default=3); p.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="of images a second; cpu where the machine is busy")
+    p.add_argument("--threads", type=int, default=2); p.add_argument("--rounds", type=int, default=3); p.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="of images a second; cpu where the machine is busy"); p.add_argument("--compiled", action="store_true", help="count them with the compiled march")
     a = p.parse_args()
     for section in a.only:
         start = time.time()
