@@ -49,7 +49,7 @@ def test_all_stop_together_and_one_goes_on(two, tmp_path):
     assert load_state(folder/"stopped"/STATE).seen == 96
     run = lambda where: fit(processes.images(0), where, processes.G16, processes.D16, processes.CONFIG, kimg=.256, device="cpu", progress=False)
     a, b = run(folder/"stopped"), run(tmp_path)
-    assert all(torch.allclose(x, y, atol=1e-4) for x, y in zip(a.ema.state_dict().values(), b.ema.state_dict().values()))
+    assert all(torch.allclose(x, y, atol=1e-3) for x, y in zip(a.ema.state_dict().values(), b.ema.state_dict().values()))
     assert torch.allclose(a.D.pose_gain, b.D.pose_gain, atol=1e-4) and torch.allclose(a.G.w_avg, b.G.w_avg, atol=1e-5)
 
 
