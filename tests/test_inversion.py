@@ -4,6 +4,7 @@ import pytest
 import torch
 from posefree_kit import losses
 from posefree_kit.camera import Pose
+from posefree_kit.baselines import load_latent_encoder
 from posefree_kit.checkpoints import load_generator, read_card, save_checkpoint, shipped
 from posefree_kit.core import InputError, config_to_dict, sha256
 from posefree_kit.discriminator import Discriminator, DiscriminatorConfig
@@ -149,10 +150,11 @@ def test_checkpoint_round_trip_and_damage(G, tmp_path):
 
 
 def test_every_shipped_generator_loads_and_is_small():
-    assert "portraits" in shipped()
+    assert {"portraits", "portraits-small"} <= set(shipped())
     for name in shipped():
         G = load_generator(name, "cpu")
         assert read_card(name)["bytes"] < 12e6 and G.resolution >= 64 and G.reader is not None
+        assert load_latent_encoder(G).card["generator"]["sha256"] == G.sha256
         w, v = G.sample(1, seed=0)
         assert v.rgb.isfinite().all() and v.weight.max() > .9 and 5 < G.pose(G.mapping(G.draw(512))).degrees()[:, 0].std() < 60
 
