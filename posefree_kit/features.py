@@ -327,9 +327,10 @@ def _source(path, digest=None) -> str: return f"{Path(path).name} sha256:{(diges
 
 def fold(net:PortraitEncoder) -> PortraitEncoder: # a frozen encoder, which is changed
     "The same function with every batch normalisation inside the convolution before it, channels last in memory: less to do for a picture and on the way back"
+    def fuse(m, conv, norm): setattr(m, conv, fuse_conv_bn_eval(getattr(m, conv), getattr(m, norm))); setattr(m, norm, nn.Identity())
     for m in net.modules():
-        if isinstance(m, Residual): (m.conv0, m.norm0), (m.conv1, m.norm1) = ((fuse_conv_bn_eval(c, n), nn.Identity()) for c, n in ((m.conv0, m.norm0), (m.conv1, m.norm1)))
-    net.first[0], net.first[1] = fuse_conv_bn_eval(net.first[0], net.first[1]), nn.Identity()
+        if isinstance(m, Residual): fuse(m, "conv0", "norm0"); fuse(m, "conv1", "norm1")
+    fuse(net.first, "0", "1")
     return freeze(net).to(memory_format=torch.channels_last)
 
 def _ours(name, weights):

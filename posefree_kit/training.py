@@ -13,6 +13,7 @@ __all__ = ['PLAIN', 'STATE', 'UnposedImages', 'd_loss', 'g_loss', 'r1_penalty', 
 import copy, dataclasses, json, math, os, time, zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -205,6 +206,7 @@ def has_bf16(device:torch.device|str) -> bool:
     if torch.device(device).type == "cuda": return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.device(device).type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
 
+# %% ../nbs/08_training.ipynb #d57f9b01
 @dataclass
 class TrainState:
     "Everything a training run is; saved and loaded whole"
@@ -228,6 +230,7 @@ class TrainState:
     rows = property(lambda self: self.share.rows(self.config.batch, self.D.config.group)) # of the batch: those of this process
     bf16 = property(lambda self: has_bf16(self.device) if self.config.bf16 is None else self.config.bf16)
 
+# %% ../nbs/08_training.ipynb #d57f9b02
 def _adam(params, rate, every): # lazily regularised networks take fewer effective steps (StyleGAN2)
     c = every / (every + 1)
     return torch.optim.Adam(params, lr=rate * c, betas=(0., .99 ** c), eps=1e-8)
@@ -243,10 +246,11 @@ def new_state(generator:GeneratorConfig, discriminator:DiscriminatorConfig, conf
 def make_state(G:PoseFreeGenerator, D:Discriminator, config:TrainConfig, E:LatentEncoder|None=None) -> TrainState:
     "A state around given networks, with fresh optimisers; an encoder that is wanted and not given begins untrained"
     if E is None and config.encode_share: E = fresh_encoder(G, config.seed)
-    ema, d_ema, e_ema = (None if net is None else copy.deepcopy(net).requires_grad_(False) for net in (G, D, E))
+    slow = lambda net: copy.deepcopy(net).requires_grad_(False)
     opt_e = None if E is None else torch.optim.Adam(E.parameters(), config.encode_rate, betas=(.9, .99))
-    return TrainState(G, D, ema, _adam(G.parameters(), config.g_rate, config.density_every), _adam(D.parameters(), config.d_rate, config.r1_every), config, d_ema, E=E, e_ema=e_ema, opt_e=opt_e)
+    return TrainState(G, D, slow(G), _adam(G.parameters(), config.g_rate, config.density_every), _adam(D.parameters(), config.d_rate, config.r1_every), config, slow(D), E=E, e_ema=None if E is None else slow(E), opt_e=opt_e)
 
+# %% ../nbs/08_training.ipynb #d57f9b03
 class Fakes:
     "A batch of generated images with the poses they were rendered from; where an encoder learns along, some show people that it read off real images"
     def __init__(self, s:TrainState, generator:torch.Generator, real:Tensor):
@@ -268,6 +272,7 @@ class Fakes:
         with torch.autocast(s.device.type, torch.bfloat16, enabled=s.bf16): self.planes = s.G.planes(ws)
         self.view = s.G.render(self.planes, self.pose, jitter=1., generator=Part(rng(jitter_seed, s.device), n, rows))
 
+# %% ../nbs/08_training.ipynb #d57f9b04
 class Encoded:
     "Real images as the encoder reads them: latents, and in `loss` what they look like when rendered again"
     def __init__(self, s:TrainState, image:Tensor, at:Tensor, bare:Tensor, many:int): # image (b, 3, R, R); at (b,) their places in this process's batch; bare (b,) bool: without deltas; many: over all processes
@@ -296,6 +301,7 @@ class Encoded:
         parts["rec_seen"] = c.encode_feature_weight * share * far.sum()
         return parts
 
+# %% ../nbs/08_training.ipynb #d57f9b05
 def pyramid(x:Tensor) -> list: # (B, C, H, W) -> three of them
     "A picture, and itself at a half and a quarter of the size"
     half = F.avg_pool2d(x, 2)
@@ -308,6 +314,7 @@ def calibrate(D:Discriminator, own:Tensor, read:Tensor, share:float): # (B, 2) e
     D.pose_gain.lerp_(gain, share)
     D.pose_mean.lerp_(read.mean(0) - own.mean(0) / gain, share)
 
+# %% ../nbs/08_training.ipynb #d57f9b06
 def d_step(s:TrainState, fakes:Fakes, real:Tensor, sigma:float, generator:torch.Generator) -> dict:
     "One step of the discriminator: real from fake, and the pose of fakes"
     c, D, share = s.config, s.D, s.share
@@ -362,6 +369,7 @@ def g_step(s:TrainState, fakes:Fakes, real:Tensor, sigma:float, generator:torch.
     s.D.requires_grad_(True)
     return {k: float(v.detach()) for k, v in parts.items()}
 
+# %% ../nbs/08_training.ipynb #d57f9b07
 def density_loss(G:PoseFreeGenerator, planes:Planes, generator:torch.Generator|Part, points:int=500) -> Tensor:
     "Mean absolute difference of density between points 0.4 % of the box apart (EG3D's regulariser)"
     c, b = G.config, len(planes.w_last)
@@ -384,6 +392,7 @@ def symmetry_loss(G:PoseFreeGenerator, planes:Planes, generator:torch.Generator|
     off = (depth - depth.flip(-1)).square()
     return share.count * (both * off / (off + scale ** 2)).sum() / share.sum(both.sum()).clamp(min=1)
 
+# %% ../nbs/08_training.ipynb #d57f9b08
 @torch.no_grad()
 def ema_step(s:TrainState, w:Tensor):
     "Move the averaged networks towards the current ones"
@@ -396,6 +405,7 @@ def ema_step(s:TrainState, w:Tensor):
         for x, y in zip(slow.buffers(), net.buffers()): x.copy_(y)
     s.d_ema.fade, s.d_ema.condition = s.D.fade, s.D.condition
 
+# %% ../nbs/08_training.ipynb #d57f9b09
 def train_step(s:TrainState, images:UnposedImages, easy:UnposedImages|None=None) -> dict: # losses by name
     "Both networks, once. All randomness comes from (seed, step): a resumed run goes on exactly"
     g = rng(s.config.seed * 1_000_003 + s.step)
@@ -549,13 +559,16 @@ def grow(small:TrainState, g_channels:int, d_channels:int, config:TrainConfig) -
     with torch.no_grad(): G.get_parameter(f"{new}to_image.weight").mul_(.02)
     return make_state(G, D, config)
 
+# %% ../nbs/08_training.ipynb #ab01c401
 def go_on_with(G:PoseFreeGenerator, config:TrainConfig) -> TrainState: # G: as `load_generator` gives it; its discriminator came along
     "A run that begins with a trained generator: nothing is faded in, blurred or made easy any more"
-    if not isinstance(G.reader, Discriminator): raise InputError(f"expected a generator with the discriminator that it was trained with, got {G.name!r} with {'none' if G.reader is None else type(G.reader).__name__}")
-    if G.reader.config.resolution != G.resolution: raise InputError(f"expected generator and discriminator of one resolution, got {G.resolution} and {G.reader.config.resolution}")
-    own = [copy.deepcopy(net).requires_grad_(True) for net in (G, G.reader)]; own[0].set_reader(None)
-    return make_state(*own, dataclasses.replace(config, fade_kimg=0., blur_kimg=0., condition_kimg=(0., 0.), easy_kimg=(0., 0.)))
+    D:Any = G.reader
+    if not isinstance(D, Discriminator): raise InputError(f"expected a generator with the discriminator that it was trained with, got {G.name!r} with {'none' if D is None else type(D).__name__}")
+    if D.config.resolution != G.resolution: raise InputError(f"expected generator and discriminator of one resolution, got {G.resolution} and {D.config.resolution}")
+    H = copy.deepcopy(G).requires_grad_(True); H.set_reader(None)
+    return make_state(H, copy.deepcopy(D).requires_grad_(True), dataclasses.replace(config, fade_kimg=0., blur_kimg=0., condition_kimg=(0., 0.), easy_kimg=(0., 0.)))
 
+# %% ../nbs/08_training.ipynb #ab01c402
 @torch.no_grad()
 def widen(G:PoseFreeGenerator, channels:tuple, look_dim:int, seed:int=0) -> PoseFreeGenerator: # channels: as many as it has; look_dim: of z and w, beside the view part
     "More channels and a longer look part, the same pictures but for a little in the spread of z: what is new begins without a say in what was there (Net2Net, Chen et al. 2016)"
@@ -573,7 +586,7 @@ def widen(G:PoseFreeGenerator, channels:tuple, look_dim:int, seed:int=0) -> Pose
             x[:len(y)] = 0                                                              # old outputs hear nothing of new inputs
             if x.ndim == 2: y = y * math.sqrt(x.shape[1] / y.shape[1])                  # `Linear` divides by the root of its inputs
         x[tuple(slice(n) for n in y.shape)] = y
-    for block, a, b in zip(H.synthesis.blocks, c.channels, channels): block.to_image.weight[:, :a].mul_(math.sqrt(b / a))
+    for i, (a, b) in enumerate(zip(c.channels, channels)): H.get_parameter(f"synthesis.blocks.{i}.to_image.weight")[:, :a].mul_(math.sqrt(b / a))
     H.to(G.w_avg.device)
     H.w_avg.copy_(H.mapping(H.draw(8192, seed)).mean(0))
     H.w_avg[:c.look_dim], H.w_avg[look_dim:] = G.w_avg[:c.look_dim], G.w_avg[c.look_dim:]
@@ -585,6 +598,7 @@ def correlation(a:Tensor, b:Tensor) -> float: # (N,) each
     "Pearson's r"
     return float(torch.corrcoef(torch.stack([a.flatten().double(), b.flatten().double()]))[0, 1])
 
+# %% ../nbs/08_training.ipynb #c1e89001
 @torch.no_grad()
 def encoder_figures(G:PoseFreeGenerator, E:LatentEncoder, image:Tensor, pose:Pose) -> dict: # image (N, 3, R, R), pose its truth
     "How well an encoder reads true poses, and how near its latents come to the images, rendered again with deltas and without (dB)"
@@ -597,6 +611,7 @@ def encoder_figures(G:PoseFreeGenerator, E:LatentEncoder, image:Tensor, pose:Pos
     true = pose.degrees().cpu()
     return {k: round(v, 3) for k, v in dict(encoder_yaw_r=correlation(yaw, true[:, 0]), encoder_pitch_r=correlation(pitch, true[:, 1]), encoder_psnr=float(psnr.mean()), encoder_psnr_w=float(psnr_w.mean())).items()}
 
+# %% ../nbs/08_training.ipynb #c1e89002
 @torch.no_grad()
 def pose_figures(G:PoseFreeGenerator, D:Discriminator, image:Tensor, pose:Pose, samples:int=2048) -> dict: # image (N, 3, R, R), pose its truth
     "How well the pose head reads true poses (r, slope), and how widely generated poses spread (degrees)"
@@ -606,6 +621,7 @@ def pose_figures(G:PoseFreeGenerator, D:Discriminator, image:Tensor, pose:Pose, 
     return {k: round(v, 3) for k, v in dict(yaw_r=correlation(read[:, 0], true[:, 0]), pitch_r=correlation(read[:, 1], true[:, 1]), yaw_slope=slope(read[:, 0], true[:, 0]),
             generated_yaw_sd=float(own[:, 0].std()), generated_yaw_mean=float(own[:, 0].mean()), generated_pitch_sd=float(own[:, 1].std()), true_yaw_sd=float(true[:, 0].std()), true_pitch_sd=float(true[:, 1].std())).items()}
 
+# %% ../nbs/08_training.ipynb #c1e89003
 def watch_poses(size:int, n:int=512, seed:int=20_000): # -> watch(state) for `fit`
     "Looking on with the truth: `pose_figures` on n held-out portraits, for the log only"
     from posefree_kit.portraits import HELD_OUT, portrait_batch
