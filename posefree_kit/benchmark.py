@@ -7,7 +7,7 @@ __all__ = ['Clock', 'Memory', 'floor', 'Part', 'gradient', 'measure', 'Operation
            'speed', 'speed_markdown', 'save_speed']
 
 # %% ../nbs/17a_benchmark.ipynb #bench003
-import copy, ctypes, gc, platform, statistics, time
+import contextlib, copy, ctypes, gc, platform, statistics, time
 from dataclasses import dataclass
 from pathlib import Path
 import torch
@@ -37,18 +37,19 @@ class Clock:
 
 class Memory:
     "Most memory in use inside the block, MB above what was in use before it: of the device, or of the process on Linux; None elsewhere"
-    mb = None
+    mb = before = None
     def __init__(self, device): self.cuda = torch.device(device).type == "cuda"
     @staticmethod
     def status(key): return next(int(x.split()[1]) / 1024 for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(key))
     def __enter__(self):
         gc.collect()
         if self.cuda: torch.cuda.synchronize(); torch.cuda.reset_peak_memory_stats(); self.before = torch.cuda.memory_allocated() / 2 ** 20
-        elif platform.system() == "Linux": ctypes.CDLL(None).malloc_trim(0); Path("/proc/self/clear_refs").write_text("5"); self.before = self.status("VmRSS")
+        elif platform.system() == "Linux":
+            with contextlib.suppress(OSError): ctypes.CDLL(None).malloc_trim(0); Path("/proc/self/clear_refs").write_text("5"); self.before = self.status("VmRSS") # some containers have no such file
         return self
     def __exit__(self, *error):
         if self.cuda: self.mb = torch.cuda.max_memory_allocated() / 2 ** 20 - self.before
-        elif platform.system() == "Linux": self.mb = self.status("VmHWM") - self.before
+        elif self.before is not None: self.mb = self.status("VmHWM") - self.before
 
 def floor(clock:Clock, device, size:int|None=None) -> dict: # size: of the matrices; None: by the device
     "What this machine can do at best, of four tries: products of matrices, and copies"

@@ -206,12 +206,12 @@ def generator_figures(
     real = [portrait_batch(torch.arange(i, min(i + 64, HELD_OUT + 2 * portraits)), size) for i in range(HELD_OUT, HELD_OUT + 2 * portraits, 64)]
     image, pose = torch.cat([r.image for r in real]), Pose.of(torch.cat([r.pose.stack() for r in real]))
     out = pose_figures(G, G.reader, image[:portraits], pose[:portraits])
-    own = torch.cat([G.sample(64, seed + i)[1].rgb for i in range(-(-portraits // 64))])[:portraits]
+    own = torch.cat([G.sample(64, seed + i)[1].rgb.cpu() for i in range(-(-portraits // 64))])[:portraits]
     emb = lambda x: torch.cat([encoder.embed(c) for c in x.split(128)])
     ea, eb, eg = emb(image[:portraits]), emb(image[portraits:]), emb(own)
     w = G.mapping(G.draw(people, seed + 999)); planes = G.planes(w)
     asked = torch.tensor([-30., -20, -10, 0, 10, 20, 30])
-    got = torch.stack([oracle(G.render(planes, Pose.deg([float(y)] * people)).rgb).degrees()[:, 0] for y in asked])       # (7, people)
+    got = torch.stack([oracle(G.render(planes, Pose.deg([float(y)] * people, device=w.device)).rgb.cpu()).degrees()[:, 0] for y in asked])       # (7, people)
     centred = asked - asked.mean()
     slopes = (centred[:, None] * (got - got.mean(0))).sum(0) / centred.square().sum()
     out |= dict(yaw_spread_ratio=out["generated_yaw_sd"] / out["true_yaw_sd"], pitch_spread_ratio=out["generated_pitch_sd"] / out["true_pitch_sd"], turn_slope=float(slopes.mean()), turn_slope_sd=float(slopes.std()),

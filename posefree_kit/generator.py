@@ -337,7 +337,7 @@ def read_field(decoder:Decoder, config:GeneratorConfig, table:Table, xyz:Tensor)
     "Density and colour at points of planes that are a table already; the fused way where no weight of the decoder needs a gradient"
     if torch.is_grad_enabled() and any(p.requires_grad for p in decoder.parameters()): raw, values = decoder(sample_table(table, xyz, config.box))
     else:
-        with torch.autocast(xyz.device.type, enabled=False): raw, values = FrozenField.apply(table.rows, xyz, table._replace(rows=None), config.box, decoder, 2 ** 14)
+        with torch.autocast(xyz.device.type, enabled=False): raw, values = FrozenField.apply(table.rows, xyz, table._replace(rows=None), config.box, decoder, 2 ** 14 if xyz.device.type == "cpu" else 2 ** 22)
     return (raw + ball_prior(xyz, config.ball, config.ball_radius) if config.ball else raw), values
 
 # %% ../nbs/05_generator.ipynb #3b5513e8

@@ -185,7 +185,7 @@ def render_rays_eg3d(
     noise:tuple|None=None, # given random numbers in [0, 1] instead: coarse (B, N, samples), fine (B, N, fine_samples)
 ) -> Rays:
     "Render a field along rays by the published rules"
-    draw = lambda s: torch.rand(*origins.shape[:2], s, device=origins.device, dtype=origins.dtype, generator=generator)
+    draw = lambda s: batch_rand((*origins.shape[:2], s), generator, device=origins.device, dtype=origins.dtype)
     t = coarse_depths(near, far, samples, origins)
     if noise is not None or jitter: t = t + (noise[0] if noise is not None else jitter * draw(samples)) * ((far - near) / (samples - 1))
     raw, values, order = *query(field, origins, dirs, t), None

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PLAIN', 'STATE', 'UnposedImages', 'd_loss', 'g_loss', 'r1_penalty', 'pose_loss', 'relit', 'blur', 'TrainConfig',
            'Processes', 'has_bf16', 'TrainState', 'new_state', 'make_state', 'Fakes', 'Encoded', 'pyramid', 'calibrate',
-           'd_step', 'g_step', 'density_loss', 'wall_loss', 'symmetry_loss', 'ema_step', 'train_step', 'save_state',
-           'load_state', 'sample_grid', 'fit', 'sound', 'step_back', 'grow', 'go_on_with', 'widen', 'correlation',
-           'encoder_figures', 'pose_figures', 'watch_poses']
+           'd_step', 'g_step', 'density_loss', 'wall_loss', 'symmetry_loss', 'ema_step', 'fall', 'train_step',
+           'save_state', 'load_state', 'sample_grid', 'fit', 'sound', 'step_back', 'grow', 'go_on_with', 'widen',
+           'correlation', 'encoder_figures', 'pose_figures', 'watch_poses']
 
 # %% ../nbs/08_training.ipynb #d67a11d1
 import copy, dataclasses, json, math, os, time, zipfile
@@ -87,7 +87,7 @@ def relit(view:View, strength:float, focal:float, generator:torch.Generator|Part
     "Generated images under another lamp each: Lambert's law on the normals of their own depth; a lamp stands anywhere in front, whatever the pose (ours)"
     z, weight, b = view.depth, view.weight, len(view.depth)
     step = (z.mean() if depth is None else depth) / (focal * z.shape[-1])                                       # a pixel's side on the head
-    dz = lambda axis: torch.gradient(z, spacing=float(step), dim=axis)[0]
+    dz = lambda axis: torch.gradient(z, dim=axis)[0] / step
     n = F.normalize(torch.cat([dz(3), -dz(2), torch.ones_like(z)], 1), dim=1)     # towards the camera: right, up, near
     r = batch_rand((3, b), generator, dim=1).to(z)
     azimuth, height, soft = 3 * r[0] - 1.5, 1.5 * r[1] - .3, .3 + .4 * r[2]
@@ -141,12 +141,15 @@ class TrainConfig:
     ema_kimg:float = 10. # half-life of the moving average of weights, thousands of images
     ema_ramp:float = 0.05 # ... but at most this share of the images seen so far
     d_ema_kimg:float = 2. # half-life of the moving average of the discriminator, which reads poses once training is over
+    fall_kimg:tuple = () # thousands of images between which all rates of Adam fall, in a straight line, to `fall_to` of themselves; (): never
+    fall_to:float = .05 # where they end
     bf16:bool|None = None # convolutions in bfloat16 (rendering, heads and R1 stay in float32); None: where the device has instructions for it
     seed:int = 0 # of everything: weights, latent codes, batches
 
     def __post_init__(self):
         if self.loss not in ("nonsaturating", "relativistic"): raise InputError(f"TrainConfig.loss: expected nonsaturating or relativistic, got {self.loss!r}")
-        check_range(self, 1, 1 << 20, "batch", "r1_every", "density_every"); check_range(self, 0, 1, "read_share", "flip_share", "calibrate", "encode_share")
+        check_range(self, 1, 1 << 20, "batch", "r1_every", "density_every"); check_range(self, 0, 1, "read_share", "flip_share", "calibrate", "encode_share", "fall_to")
+        if self.fall_kimg and not (len(self.fall_kimg) == 2 and 0 <= self.fall_kimg[0] < self.fall_kimg[1]): raise InputError(f"TrainConfig.fall_kimg: expected () or two rising numbers, got {self.fall_kimg}")
 
 # %% ../nbs/08_training.ipynb #5e0c1a02
 @dataclass(frozen=True)
@@ -228,6 +231,7 @@ class TrainState:
     step = property(lambda self: self.seen // self.config.batch)
     device = property(lambda self: self.G.w_avg.device)
     rows = property(lambda self: self.share.rows(self.config.batch, self.D.config.group)) # of the batch: those of this process
+    groups = property(lambda self: [g for opt in (self.opt_g, self.opt_d, self.opt_e) if opt is not None for g in opt.param_groups]) # of parameters, with their rates
     bf16 = property(lambda self: has_bf16(self.device) if self.config.bf16 is None else self.config.bf16)
 
 # %% ../nbs/08_training.ipynb #d57f9b02
@@ -315,7 +319,7 @@ def calibrate(D:Discriminator, own:Tensor, read:Tensor, share:float): # (B, 2) e
     D.pose_mean.lerp_(read.mean(0) - own.mean(0) / gain, share)
 
 # %% ../nbs/08_training.ipynb #d57f9b06
-def d_step(s:TrainState, fakes:Fakes, real:Tensor, sigma:float, generator:torch.Generator) -> dict:
+def d_step(s:TrainState, fakes:Fakes, real:Tensor, sigma:float, generator:torch.Generator) -> dict: # losses by name
     "One step of the discriminator: real from fake, and the pose of fakes"
     c, D, share = s.config, s.D, s.share
     with torch.autocast(s.device.type, torch.bfloat16, enabled=s.bf16):
@@ -337,9 +341,9 @@ def d_step(s:TrainState, fakes:Fakes, real:Tensor, sigma:float, generator:torch.
     if c.calibrate:
         own, shown = (share.gather(p.stack().detach() / D.unit) for p in (fakes.own, judged.pose))
         calibrate(D, own, shown, c.calibrate)
-    return {k: float(v.detach()) for k, v in parts.items()}
+    return {k: v.detach() for k, v in parts.items()}
 
-def g_step(s:TrainState, fakes:Fakes, real:Tensor, sigma:float, generator:torch.Generator) -> dict:
+def g_step(s:TrainState, fakes:Fakes, real:Tensor, sigma:float, generator:torch.Generator) -> dict: # losses by name
     "One step of generator and pose learner"
     c = s.config
     s.D.requires_grad_(False)
@@ -367,7 +371,7 @@ def g_step(s:TrainState, fakes:Fakes, real:Tensor, sigma:float, generator:torch.
         for p in s.G.pose_learner.parameters(): p.grad = None
     s.opt_g.step()
     s.D.requires_grad_(True)
-    return {k: float(v.detach()) for k, v in parts.items()}
+    return {k: v.detach() for k, v in parts.items()}
 
 # %% ../nbs/08_training.ipynb #d57f9b07
 def density_loss(G:PoseFreeGenerator, planes:Planes, generator:torch.Generator|Part, points:int=500) -> Tensor:
@@ -401,11 +405,17 @@ def ema_step(s:TrainState, w:Tensor):
     s.G.w_avg.lerp_(s.share.mean(w.detach().mean(0)), .005)
     d_beta = .5 ** (s.config.batch / max(min(s.config.d_ema_kimg * 1000, max(s.seen, 1) * s.config.ema_ramp), 1e-8))
     for slow, net, b in ((s.ema, s.G, beta), (s.d_ema, s.D, d_beta), *(() if s.E is None else ((s.e_ema, s.E, beta),))):
-        for x, y in zip(slow.parameters(), net.parameters()): x.lerp_(y, 1 - b)
+        torch._foreach_lerp_([*slow.parameters()], [*net.parameters()], 1 - b)
         for x, y in zip(slow.buffers(), net.buffers()): x.copy_(y)
     s.d_ema.fade, s.d_ema.condition = s.D.fade, s.D.condition
 
 # %% ../nbs/08_training.ipynb #d57f9b09
+def fall(s:TrainState):
+    "Set the rates to what is left of them by now"
+    a, b = s.config.fall_kimg
+    left = 1 - (1 - s.config.fall_to) * min(1., max(0., (s.kimg - a) / (b - a)))
+    for group in s.groups: group["lr"] = group.setdefault("rate", group["lr"]) * left
+
 def train_step(s:TrainState, images:UnposedImages, easy:UnposedImages|None=None) -> dict: # losses by name
     "Both networks, once. All randomness comes from (seed, step): a resumed run goes on exactly"
     g = rng(s.config.seed * 1_000_003 + s.step)
@@ -419,8 +429,10 @@ def train_step(s:TrainState, images:UnposedImages, easy:UnposedImages|None=None)
         a, b = c.easy_kimg
         pick = (torch.rand(c.batch, generator=g) < (b - s.kimg) / max(b - a, 1e-6))[s.rows]
         real = torch.where(pick.to(s.device)[:, None, None, None], easy.batch(c.batch, g, s.device, s.rows), real)
+    if c.fall_kimg: fall(s)
     fakes = Fakes(s, g, real)
-    parts = s.share.means(d_step(s, fakes, real, sigma, g) | g_step(s, fakes, real, sigma, g))
+    losses = d_step(s, fakes, real, sigma, g) | g_step(s, fakes, real, sigma, g)
+    parts = s.share.means(dict(zip(losses, torch.stack([*losses.values()]).tolist()))) # one wait for the device
     bad = [k for k, v in parts.items() if not math.isfinite(v)]
     if bad: raise FloatingPointError(f"loss {bad[0]} is {parts[bad[0]]} at step {s.step} ({s.kimg:.3f} kimg)")
     ema_step(s, fakes.w)
@@ -464,7 +476,7 @@ def _filled(make, state): # a network with given tensors; compared before anythi
 def sample_grid(G:PoseFreeGenerator, people:int=6, seed:int=0, yaws_deg=(-40, -20, 0, 20, 40)) -> Tensor: # (1, 3, H, W)
     "A row a person: as generated, then turned, then depth (near is bright)"
     w, view = G.sample(people, seed)
-    turned = G.render(G.planes(w), Pose.deg(list(yaws_deg) * people))
+    turned = G.render(G.planes(w), Pose.deg(list(yaws_deg) * people, device=w.device))
     depth = turned.depth[len(yaws_deg) // 2::len(yaws_deg)]
     depth = ((G.config.radius + .3 - depth) / .6).clamp(0, 1) * 2 - 1
     rows = torch.cat([view.rgb[:, None], turned.rgb.unflatten(0, (people, -1)), F.interpolate(depth, view.rgb.shape[-1]).expand(-1, 3, -1, -1)[:, None]], 1)
@@ -536,7 +548,7 @@ def step_back(why:Exception, path:Path, device:torch.device, share:Processes=Pro
     s = load_state(path, device)
     s.share = share; share.wait() # all have read before one writes
     if s.trouble: raise DivergedError(f"{s.trouble}; at half the rate, {why}: stopped; the last good state is of {s.kimg:.3f} kimg", s)
-    for group in [g for opt in (s.opt_g, s.opt_d, s.opt_e) if opt is not None for g in opt.param_groups]: group["lr"] /= 2
+    for group in s.groups: group.update({k: group[k] / 2 for k in ("lr", "rate") if k in group})
     s.trouble = str(why)
     if share.main: save_state(s, path)
     return s

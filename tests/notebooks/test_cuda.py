@@ -19,7 +19,8 @@ def float32_is_float32():
 @pair
 def test_pictures_and_losses_agree(a, b):
     x, y = devices.rendered(a), devices.rendered(b)
-    for k in ("rgb", "depth", "weight"): assert (x[k] - y[k]).abs().max() <= TOLERANCES[k], k
+    for k in ("rgb", "weight"): assert (x[k] - y[k]).abs().max() <= TOLERANCES[k], k
+    assert ((x["depth"] - y["depth"]).abs() * x["weight"]).max() <= TOLERANCES["depth"] # a ray that meets next to nothing has its depth from rounding
     x, y = devices.losses(a), devices.losses(b)
     for k in x: assert torch.allclose(x[k], y[k], rtol=TOLERANCES["losses"], atol=1e-4), k
 
