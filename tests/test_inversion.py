@@ -150,7 +150,7 @@ def test_checkpoint_round_trip_and_damage(G, tmp_path):
 
 
 def test_every_shipped_generator_loads_and_is_small():
-    assert {"portraits", "portraits-small"} <= set(shipped())
+    assert {"portraits", "portraits-small", "portraits-128"} <= set(shipped())
     for name in shipped():
         G = load_generator(name, "cpu")
         assert read_card(name)["bytes"] < 12e6 and G.resolution >= 64 and G.reader is not None

@@ -1,5 +1,7 @@
 "The trainer's promises, on networks of a few thousand parameters."
-import inspect, json
+import dataclasses, inspect, json, math, sys
+from pathlib import Path
+
 import pytest
 import torch
 from posefree_kit.camera import Pose, mirror
@@ -220,3 +222,24 @@ def test_going_on_with_a_generator(images):
     assert train_step(go_on_with(widen(s.ema, (10, 12), 70), ENCODE), images)           # wider, then on
     s.ema.set_reader(None)
     with pytest.raises(InputError, match="with the discriminator"): go_on_with(s.ema, C)
+
+def test_the_recorded_step_is_the_same_step():
+    "tests/tools/train_cuda.py, whose steps a GPU replays: its pictures are the library's, and a step of it on the CPU moves every network"
+    sys.path.insert(0, str(Path(__file__).parent/"tools"))
+    from train_cuda import Constants, Recorded, encoder_for, render
+    from posefree_kit.checkpoints import load_generator
+    from posefree_kit.latent_encoder import fresh_encoder
+    G = load_generator("portraits", "cpu")
+    w = G.mapping(G.draw(2, 5)); planes, pose = G.planes(w), G.pose(w)
+    with torch.no_grad():
+        for x, y in zip(render(G, planes, pose, Constants(), 16, jitter=0.), G.render(planes, pose, size=16)): assert torch.allclose(x, y, atol=2e-5)
+    s = new_state(GeneratorConfig(channels=(16, 16, 8, 8), render_resolution=32), DiscriminatorConfig(channels=(8, 16, 24, 32)), TrainConfig(batch=8))
+    c = dataclasses.replace(s.config, encode_share=.25)
+    run = Recorded(s.G, s.D, fresh_encoder(s.G).requires_grad_(True), c, UnposedImages.portraits(8, 32).images)
+    before = [p.detach().clone() for net in (run.G.synthesis, run.D, run.E) for p in net.parameters()]
+    values = run.step(True, True).tolist()
+    losses = dict(zip(run.names, values))
+    assert {"d", "pose", "mirror", "r1", "g", "density", "wall", "symmetry", "known", "rec"} <= set(losses) and all(math.isfinite(v) for v in losses.values())
+    after = [p for net in (run.G.synthesis, run.D, run.E) for p in net.parameters()]
+    assert sum(not torch.equal(a, b) for a, b in zip(before, after)) > .9 * len(after)
+    assert encoder_for(s.G, run.E).config == run.E.config

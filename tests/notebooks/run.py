@@ -57,8 +57,9 @@ def read(profile:str) -> dict|None:
 
 def circumstances() -> dict: # what a golden was made with, so that a difference can be understood
     from importlib.metadata import version
+    import torch
     from posefree_kit.checkpoints import read_card
-    return dict(torch=version("torch"), python=platform.python_version(), machine=platform.machine(), threads=int(os.environ["OMP_NUM_THREADS"]), generator=read_card()["sha256"][:12])
+    return dict(torch=version("torch"), python=platform.python_version(), machine=platform.machine(), threads=int(os.environ["OMP_NUM_THREADS"]), generator=read_card()["sha256"][:12], **(dict(device=torch.cuda.get_device_name()) if torch.cuda.is_available() else {}))
 
 def report(profile:str, ran:dict, goldens:dict|None) -> int: # failures
     "Say of each notebook what moved, and what moved too far"
