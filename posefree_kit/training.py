@@ -451,7 +451,7 @@ def save_state(s:TrainState, path:Path|str):
 
 def load_state(path:Path|str, device="cpu") -> TrainState:
     "Read a run back; a file that is damaged, or holds anything else, is an `InputError`"
-    d = read_torch(path, Path(path).name) if zipfile.is_zipfile(path) else load_values(path, device) # early states are in torch's own format
+    d = read_torch(path, Path(path).name) if zipfile.is_zipfile(path) else load_values(path) # early states are in torch's own format
     try:
         g, c = config_from_dict(GeneratorConfig, d["generator"]), config_from_dict(DiscriminatorConfig, d["discriminator"])
         E = _filled(lambda: LatentEncoder(config_from_dict(LatentEncoderConfig, d["encoder"])), d["E"]).to(device) if "encoder" in d else None
