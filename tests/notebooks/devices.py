@@ -47,7 +47,7 @@ def inversion(device, steps:int=50) -> dict:
     return dict(psnr_db=float(-10 * torch.log10(((found.view.rgb.clamp(-1, 1) - person.image) / 2).square().mean())), yaw_deg=float(found.pose.degrees()[0, 0]), ws=found.ws, device=found.report["device"])
 
 def trained(device, steps:int=3) -> dict: # losses of the last step
-    s = new_state(GeneratorConfig(channels=(16, 16, 8), render_resolution=16), DiscriminatorConfig(channels=(16, 24, 32)), TrainConfig(batch=4), device)
+    s = new_state(GeneratorConfig(channels=(16, 16, 8), render_resolution=16), DiscriminatorConfig(channels=(16, 24, 32)), TrainConfig(batch=4, bf16=False), device)
     data = UnposedImages.portraits(8, 16)
     for _ in range(steps): parts = train_step(s, data)
     return {k: v for k, v in parts.items() if k in ("d", "g", "pose")}
