@@ -7,7 +7,7 @@
 import json, math, os, platform, sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]/"tools"))
+sys.path[:0] = [str(Path(__file__).resolve().parents[i]/there) for i, there in ((1, "tools"), (2, ""))] # the kit too: where it is not installed, goldens would be lost after all that work
 from chapters import arguments, run
 from tree import ROOT, notebooks
 
@@ -90,12 +90,13 @@ def renew(profile:str, ran:dict, goldens:dict|None):
 def main() -> int:
     ap = arguments(__doc__.splitlines()[0])
     ap.add_argument("--profile", choices=[*PROFILES], default="cpu", help="cpu: short; cuda: the real settings")
+    ap.set_defaults(timeout=None) # 600 on the CPU, 3600 with the real settings
     ap.add_argument("--renew", action="store_true", help="write the goldens; on the CPU it executes in place and keeps the outputs, as chapters.py --save")
     args = ap.parse_args()
     if args.profile == "cuda":
         import torch
         if not torch.cuda.is_available(): print("skipped: the CUDA profile needs a CUDA device, and torch sees none here"); return 0
-    ran = run(args.names, args.renew and args.profile == "cpu", args.workers, args.flags.split(), args.timeout if args.profile == "cpu" else max(args.timeout, 3600), lambda path: parameters(args.profile, path.stem))
+    ran = run(args.names, args.renew and args.profile == "cpu", args.workers, args.flags.split(), args.timeout or (600 if args.profile == "cpu" else 3600), lambda path: parameters(args.profile, path.stem))
     goldens = read(args.profile)
     if args.renew: renew(args.profile, ran, goldens)
     bad = sum(bool(r.error) for r in ran.values()) if args.renew else report(args.profile, ran, goldens)

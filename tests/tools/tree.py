@@ -3,7 +3,7 @@ import contextlib, os, shutil, tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-SKIP = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".ipynb_checkpoints", ".pytest_cache", ".hypothesis", ".mypy_cache", "*.egg-info",
+SKIP = shutil.ignore_patterns(".git", ".venv", ".whl", ".gpu", "__pycache__", ".ipynb_checkpoints", ".pytest_cache", ".hypothesis", ".mypy_cache", "*.egg-info",
                               "out", "runs", "build", "dist", "_proc", "_docs")
 
 def notebooks(
