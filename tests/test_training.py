@@ -243,3 +243,11 @@ def test_the_recorded_step_is_the_same_step():
     after = [p for net in (run.G.synthesis, run.D, run.E) for p in net.parameters()]
     assert sum(not torch.equal(a, b) for a, b in zip(before, after)) > .9 * len(after)
     assert encoder_for(s.G, run.E).config == run.E.config
+
+
+def test_rates_fall_in_a_straight_line(images):
+    s = new_state(G8, D8, dataclasses.replace(C, fall_kimg=(0., .016), fall_to=.1))
+    full, seen = [g["lr"] for g in s.groups], []
+    for _ in range(5): train_step(s, images); seen.append([g["lr"] / f for g, f in zip(s.groups, full)])
+    for got, want in zip(seen, (1, .775, .55, .325, .1)): assert got == pytest.approx([want] * len(full))
+    with pytest.raises(InputError, match="fall_kimg"): TrainConfig(fall_kimg=(3., 2.))
