@@ -411,14 +411,14 @@ def evaluate(
     return rows
 
 # %% ../nbs/18_cli.ipynb #ec02463a
-def architecture(size:int) -> tuple: # GeneratorConfig, DiscriminatorConfig
+def architecture(size:int, pose_conditioned:bool=True) -> tuple: # GeneratorConfig, DiscriminatorConfig
     "Our networks at 16, 32, 64 or 128 pixels, rays rendered at the full size"
     from posefree_kit.core import InputError
     from posefree_kit.discriminator import DiscriminatorConfig
     from posefree_kit.generator import GeneratorConfig
     if size not in (16, 32, 64, 128): raise InputError(f"expected a size of 16, 32, 64 or 128, got {size}")
     n = size.bit_length() - 2
-    return (GeneratorConfig(channels=(64, 64, 48, 32, 24, 16)[:n], render_resolution=size), DiscriminatorConfig(channels=(12, 16, 24, 48, 80, 128)[-n:]))
+    return (GeneratorConfig(channels=(64, 64, 48, 32, 24, 16)[:n], render_resolution=size), DiscriminatorConfig(channels=(12, 16, 24, 48, 80, 128)[-n:], pose_conditioned=pose_conditioned))
 
 @command
 def train(
@@ -431,6 +431,7 @@ def train(
     size:Annotated[int, typer.Option(help="Pixels a side: 16, 32, 64 or 128. With --grow-from, twice the old size.")]=32,
     grow_from:Annotated[Optional[Path], typer.Option(help="A finished run of half the size to start from.", show_default=False)]=None,
     start:Annotated[Optional[str], typer.Option(help="Begin with a trained generator: a shipped name, or a .safetensors file with its discriminator.", show_default=False)]=None,
+    pose_conditioned:Annotated[bool, typer.Option("--pose-conditioned/--no-pose-conditioned", help="The discriminator scores an image together with the pose that is read off it; not: the image alone (the paper's ablation). For runs that begin from nothing.")]=True,
     encode:Annotated[float, typer.Option(help="Share of the generated images whose look an encoder, which learns along, reads off real ones: for heads that are solid already. Writes latent_encoder.safetensors too.")]=0.,
     resume:Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")]=False,
     watch:Annotated[bool, typer.Option("--watch", help="At each save, log how well the pose head reads 512 held-out portraits; nothing of it reaches training.")]=False,
@@ -453,11 +454,14 @@ def train(
     if there and not resume: raise InputError(f"expected a new folder, got {str(out)!r} with a run in it: --resume goes on")
     if resume and not there: raise InputError(f"expected a run to go on with, got {str(out)!r} without {STATE}: leave --resume out to begin one")
     if start and grow_from: raise InputError("expected --start or --grow-from, got both")
+    if not pose_conditioned and (start or grow_from): raise InputError(f"--no-pose-conditioned: expected a run that begins from nothing, got {'--start' if start else '--grow-from'}, whose discriminator is there")
+    old = load_state(Path(out)/STATE) if resume else None
+    if old and not pose_conditioned and old.D.config.pose_conditioned: raise InputError("--no-pose-conditioned: expected a run that began with it, got one whose discriminator is told the pose")
     where, trained = resolve_device(device), load_generator(start, device) if start else None
     config = TrainConfig(batch=batch, seed=seed, encode_share=encode, r1_gamma=.05 * ((trained.resolution if start else size) / 32) ** 2)
     state = None if resume else go_on_with(trained, config) if start else grown(grow_from, size, config, where) if grow_from else None
-    size = state.G.resolution if state else load_state(Path(out)/STATE).G.resolution if resume else size
-    g, d = (None, None) if resume or state else architecture(size)
+    size = state.G.resolution if state else old.G.resolution if old else size
+    g, d = (None, None) if resume or state else architecture(size, pose_conditioned)
     progress = progress and share.main
     pictures = training_images(images, n, size, where, progress)
     easy = training_images(None, plain, size, where, progress, plain=True) if plain else None

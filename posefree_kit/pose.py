@@ -55,12 +55,13 @@ class PoseFreeGenerator(Generator):
 
     @torch.no_grad()
     def start(self, seed:int=0, samples:int=8192): # before training
-        "Rescale the pose learner's output to mean 0 and `config.pose_start_deg`; set w_avg"
+        "Rescale the pose learner's output to mean 0 and, squeezed, to a spread of `config.pose_start_deg`; set w_avg"
         w = self.mapping(self.draw(samples, seed))
         out, spread = self.pose_learner.out, torch.deg2rad(torch.tensor(self.config.pose_start_deg, device=w.device))
-        y = out(self.pose_learner.hidden(w[..., -self.pose_learner.inputs:]))
-        out.weight.mul_((spread / y.std(0))[:, None])
-        out.bias.copy_(-(out(self.pose_learner.hidden(w[..., -self.pose_learner.inputs:])).mean(0) - out.bias * out.rate) / out.rate)
+        seen = self.pose_learner.hidden(w[..., -self.pose_learner.inputs:])
+        centred = lambda: out(seen) - out(seen).mean(0)
+        for _ in range(8): out.weight.mul_((spread / (LIMIT * torch.tanh(centred() / LIMIT)).std(0))[:, None]) # a wider one is squeezed more
+        out.bias.copy_(-(out(seen).mean(0) - out.bias * out.rate) / out.rate)
         self.w_avg.copy_(w.mean(0))
         return self
 

@@ -279,6 +279,17 @@ def test_train_exports_a_generator_that_loads(tmp_path):
     error(train(tmp_path/"s", "--kimg", 1, "--start", "portraits", "--grow-from", tmp_path/"r"), "--start or --grow-from")
     error(train(tmp_path/"s", "--kimg", 1, "--encode", 2), "encode_share")
 
+def test_train_with_a_discriminator_that_is_not_told_the_pose(tmp_path):
+    train = lambda out, *a: posefree("train", "--out", out, "--device", "cpu", "--no-progress", "--no-pose-conditioned", "--portraits", 12, "--batch", 8, *a)
+    code, _, err = train(tmp_path/"r", "--kimg", .008, "--size", 16)
+    assert code == 0, err
+    card = json.loads((tmp_path/"r"/"generator.json").read_text())
+    assert card["discriminator"]["pose_conditioned"] is False and load_generator(tmp_path/"r"/"generator.safetensors", "cpu").read_pose(torch.zeros(1, 3, 16, 16)).stack().shape == (1, 2)
+    assert train(tmp_path/"r", "--kimg", .016, "--resume")[0] == 0                 # the same command goes on
+    error(train(tmp_path/"s", "--kimg", 1, "--start", tmp_path/"r"/"generator.safetensors"), "--start", "from nothing")
+    assert posefree("train", "--out", tmp_path/"t", "--device", "cpu", "--no-progress", "--portraits", 12, "--batch", 8, "--kimg", .008, "--size", 16)[0] == 0
+    error(train(tmp_path/"t", "--kimg", 1, "--resume"), "--no-pose-conditioned", "began with it")
+
 def test_train_on_a_folder(home, tmp_path):
     (tmp_path/"pictures").mkdir()
     for i in range(3): shutil.copy(home/"a.png", tmp_path/"pictures"/f"{i}.png")
