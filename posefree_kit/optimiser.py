@@ -61,7 +61,7 @@ class InvertConfig:
     "Everything that decides an inversion. All numbers are ours: the paper's supplement is unavailable"
     preset:str = "custom" # name of the preset, for reports
     space:str = "w+" # "w": one code for all layers, as in the paper; "w+": per-layer deltas in stages that allow them. The pose is always f(w) of the base code
-    stages:tuple = (Stage(400, 2, .01, False), Stage(600, 1, .02, True)) # the paper's two stages: half, then native resolution
+    stages:tuple = (Stage(400, 2, .05, True), Stage(600, 1, .08, True)) # the paper's two stages: half, then native resolution
     warmup:float = .05 # share of each stage until the rate has its peak
     clip:float = 1. # largest gradient norm of an image's code
     noise:float = .05 # latent noise in the first stage, in standard deviations of w
@@ -103,7 +103,7 @@ class InvertConfig:
 
 def quick(**changes) -> InvertConfig:
     "Under a minute an image on two CPU cores at 64 x 64 with the compiled march (ours)"
-    return dataclasses.replace(InvertConfig(preset="quick", stages=(Stage(150, 2, .02, False), Stage(200, 1, .03, True)), candidates=256, starts=3, start_steps=30), **changes)
+    return dataclasses.replace(InvertConfig(preset="quick", stages=(Stage(150, 2, .05, True), Stage(200, 1, .08, True)), candidates=256, starts=3, start_steps=30), **changes)
 
 def paper(**changes) -> InvertConfig:
     "The paper's two stages at full length (step numbers and weights ours: the paper's supplement is unavailable)"
