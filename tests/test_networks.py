@@ -1,5 +1,5 @@
 "Generator, pose learner, discriminator: structure, sharing, gradients."
-import copy, os, shutil
+import copy, dataclasses, os, shutil
 import pytest
 import torch
 from posefree_kit.camera import Pose
@@ -46,7 +46,6 @@ def test_intrinsics_zoom():
 
 @pytest.mark.parametrize("changes", [dict(superresolution="2x", features=8), dict(superresolution="8x", features=8), dict(noise=True), dict(view_dim=0), dict(fine_samples=4), dict(ball=0.), dict(background="none"), dict(plane_axes="eg3d")])
 def test_every_option_renders_and_trains(changes):
-    import dataclasses
     torch.manual_seed(0)
     G = PoseFreeGenerator(dataclasses.replace(SMALL, **changes)).start()
     w = G.mapping(G.draw(1)); v = G.view(w, G.pose(w))
@@ -145,3 +144,10 @@ def test_the_compiled_march_leaves_the_arithmetic_of_others_alone():
     w = G.mapping(G.draw(1)).detach().requires_grad_()
     G.view(w, G.pose(w)).rgb.sum().backward()
     assert (torch.tensor(1e-40) * .5).item() > 0                               # subnormal numbers are still there
+
+@pytest.mark.parametrize("asked", [(20., 8.6), (45., 4.), (5., 30.)])
+def test_a_fresh_pose_learner_has_the_spread_that_was_asked_for(asked): # squeezed softly towards 80 degrees: the rescaling allows for it
+    torch.manual_seed(0)
+    G = PoseFreeGenerator(dataclasses.replace(SMALL, pose_start_deg=asked)).start()
+    with torch.no_grad(): poses = G.pose(G.mapping(G.draw(8192, 0))).degrees()      # the codes that it was rescaled on
+    assert torch.allclose(poses.std(0), torch.tensor(asked), rtol=.01) and (poses.mean(0).abs() < .1 * torch.tensor(asked)).all()
