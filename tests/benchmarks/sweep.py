@@ -51,8 +51,9 @@ def report(rows:list) -> dict: # set -> setting -> figures: (mean, low, high), a
 
 if __name__ == "__main__":
     a = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    a.add_argument("out", type=Path); a.add_argument("settings", nargs="*", default=list(SETTINGS), choices=[*SETTINGS, []]); a.add_argument("--n", type=int, default=8); a.add_argument("--report", type=Path); a.add_argument("--generator", default="portraits")
+    a.add_argument("out", type=Path); a.add_argument("settings", nargs="*", metavar="SETTING", help=", ".join(SETTINGS)); a.add_argument("--n", type=int, default=8); a.add_argument("--report", type=Path); a.add_argument("--generator", default="portraits")
     a = a.parse_args()
+    if unknown := set(a.settings) - set(SETTINGS): raise SystemExit(f"expected settings among {', '.join(SETTINGS)}; got {', '.join(sorted(unknown))}")
     a.out.mkdir(parents=True, exist_ok=True)
     if a.report:
         rows = [r | dict(setting=f.stem.split(".")[0]) for f in sorted(a.out.glob("*.jsonl")) for r in read_rows(f)]
@@ -61,6 +62,6 @@ if __name__ == "__main__":
     else:
         G = load_generator(a.generator, "cpu"); G.compile_march()
         for images, name in ((people(a.n), "seeds"), (SELF, SELF)):
-            for k in a.settings:
+            for k in a.settings or SETTINGS:
                 rows = evaluate("latent", images, G, SETTINGS[k](stages(.02, .03)(quick())), n=a.n, batch=8, out=a.out/f"{k}.{name}.jsonl", resume=True, progress=False)
                 print(k, name, {f: round(sum(r[f] for r in rows) / len(rows), 4) for f in FIGURES[:-1]}, round(sum(r["seconds"] for r in rows) / len(rows), 1), flush=True)
