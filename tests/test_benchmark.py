@@ -1,6 +1,9 @@
 "The speed report: parts in turns, ratios to plain torch, shares of the measured floor; at tiny size."
+import dataclasses
 import json
 import math
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,8 +11,13 @@ import torch
 from posefree_kit.benchmark import Clock, Memory, Part, floor, generator_parts, measure, save_speed, speed, speed_markdown, ways
 from posefree_kit.checkpoints import save_checkpoint
 from posefree_kit.core import InputError
+from posefree_kit.evaluation import SETS, set_seeds
 from posefree_kit.generator import GeneratorConfig
+from posefree_kit.optimiser import paper, quick
 from posefree_kit.pose import PoseFreeGenerator
+
+sys.path.insert(0, str(Path(__file__).parent/"benchmarks"))
+import sweep
 
 
 def small(**changes):
@@ -69,3 +77,24 @@ def test_the_command(tmp_path):
     assert again.exit_code == 2 and "--overwrite" in again.output
     bad = CliRunner().invoke(app, [*args, "--overwrite", "--size", "17"])
     assert bad.exit_code == 2 and "16 or 32" in bad.output
+
+
+def test_the_presets_are_what_the_sweep_found_and_every_setting_changes_something():
+    configs = {k: change(sweep.stages(.02, .03)(quick())) for k, change in sweep.SETTINGS.items()}
+    assert configs["fastest_at_once"] == quick() and configs["paper"] == paper()
+    for k, c in configs.items(): assert k == "base" or c != configs["base"], k
+    assert len({str(dataclasses.asdict(c)) for c in configs.values()}) == len(configs)
+
+
+def test_the_sweep_asks_people_of_no_benchmark_set_half_of_them_from_the_side():
+    people = sweep.people(8)
+    assert len(set(people)) == 8 and not set(people) & {s for name in SETS for s in set_seeds(name)}
+    yaw = torch.rad2deg(sweep.draw(torch.tensor(people), torch.zeros(8, dtype=torch.long))[0]["yaw"]).abs()
+    assert all(30 <= y <= 60 for y in yaw[:4]) and all(y < 20 for y in yaw[4:])
+
+
+def test_a_report_of_the_sweep_pairs_every_setting_with_the_base():
+    row = lambda setting, image, gain: dict(set="s", setting=setting, image=image, seconds=2., config="c", method="latent", ablation="full", generator="g", sha256="h", preset="quick", steps=1) | {k: image + gain for k in sweep.FIGURES}
+    told = sweep.report([row(k, i, gain) for k, gain in (("base", 0.), ("no_mv", .5)) for i in range(4)])
+    assert list(told) == ["s"] and list(told["s"]) == ["base", "no_mv"] and told["s"]["no_mv"]["n"] == 4 and told["s"]["no_mv"]["seconds"] == 2.
+    assert told["s"]["no_mv"]["psnr"][0] == 2. and told["s"]["no_mv"]["minus_base"]["psnr"] == [.5, .5, .5] and told["s"]["base"]["minus_base"]["psnr"] == [0., 0., 0.]
