@@ -14,7 +14,7 @@ from posefree_kit.camera import FOCAL, Pose
 from posefree_kit.checkpoints import save_checkpoint
 from posefree_kit.core import InputError, load_image, rng, save_image, save_json
 from posefree_kit.discriminator import Discriminator, DiscriminatorConfig
-from posefree_kit.evaluation import ABLATIONS, MEASURES, OFFSETS, SELF, SETS, Answer, Busy, Judges, RowFile, answer, attempt, benchmark, differences, evaluate, image_metrics, interval, means, named, \
+from posefree_kit.evaluation import ABLATIONS, MEASURES, OFFSETS, SELF, SETS, Answer, Busy, Judges, RowFile, answer, attempt, benchmark, differences, evaluate, image_metrics, in_sight, interval, means, named, \
     normal_error, one_of, own_truth, paired, portrait_truth, pose_errors, protocol, read_rows, read_views, report, resolve, score, score_views, set_seeds, table, verdict, write_views
 from posefree_kit.generator import GeneratorConfig
 from posefree_kit.optimiser import DivergedError, Inversion, quick
@@ -125,10 +125,16 @@ def test_pose_errors_after_one_rotation_and_none_for_own_samples():
     assert max(r["pose_yaw_deg"] for r in turned) < .1 and own[0]["pose_yaw_deg"] == pytest.approx(15, abs=1e-3)
     assert "pose_yaw_deg" not in pose_errors([row(i, 0, "portraits-easy") for i in range(2)])[0], "two images are too few to fit a frame on the others"
 
+def test_a_difference_of_pose_fits_both_frames_on_the_images_that_both_have():
+    turned = lambda method, n, by: [dict(set="portraits-easy", method=method, ablation="full", generator="g", sha256="h", config="c", preset="quick", steps=1, image=i, true_yaw_deg=float(i), true_pitch_deg=0., pitch_deg=0., yaw_deg=i + (0. if i < 6 else by)) for i in range(n)]
+    few, many = pose_errors(turned("few", 6, 20.)), pose_errors(turned("many", 12, 20.)) # alike on the first six; the others turn the frame
+    assert sum(r["pose_yaw_deg"] for r in many[:6]) / 6 > 5 and sum(r["pose_yaw_deg"] for r in few) / 6 < .01
+    assert paired(few, many, "pose_yaw_deg") | dict(n=0) == pytest.approx(dict(mean=0, low=0, high=0, n=0), abs=1e-3) and paired(many, few, "pose_yaw_deg")["n"] == 6
+
 # Sets
 
 def test_sets_are_what_they_say_and_never_change():
-    first = {"portraits": 10000000, "portraits-easy": 10100000, "portraits-extreme": 10200005, "portraits-asymmetric": 10300000, "portraits-occluded": 10400006, "portraits-written": 10500004}
+    first = {"portraits": 10000000, "portraits-easy": 10100000, "portraits-extreme": 10200005, "portraits-asymmetric": 10300000, "portraits-occluded": 10400006, "portraits-written": 10500041}
     seeds = {name: set_seeds(name) for name in SETS}
     assert {k: v[0] for k, v in seeds.items()} == first and sum(map(len, seeds.values())) == len(set().union(*seeds.values())) == 32 * len(SETS) and min(map(min, seeds.values())) >= 10_000_000
     drawn = {k: draw(torch.tensor(v), torch.zeros(len(v), dtype=torch.long)) for k, v in seeds.items()}
@@ -138,6 +144,7 @@ def test_sets_are_what_they_say_and_never_change():
     assert "none" not in style["portraits-asymmetric"]["mark"] and set(style["portraits-asymmetric"]["hair"]) <= {"parted", "swept", "sidelong"}
     assert all(g != "none" or h != "none" for g, h in zip(style["portraits-occluded"]["glasses"], style["portraits-occluded"]["hat"])) and set(style["portraits-written"]["text"]) == {"marked"}
     assert set_seeds("portraits-written", 5) == seeds["portraits-written"][:5]
+    assert in_sight(torch.tensor(seeds["portraits-written"][:4]), "text").all() and not in_sight(torch.tensor([10500004, 10500019]), "text").any(), "letters under hair, and under a hat, are in no set"
     with pytest.raises(InputError, match="expected a set among"): set_seeds("portraits-pretty")
 
 # Rows
@@ -263,14 +270,14 @@ def test_what_is_missing_is_a_failure_and_what_is_left_out_is_not_scored(views):
     save_json(v | dict(images=[second]), folder/"views.json")
     assert "depth" in score_views(folder)[1]["error"]
 
-@pytest.mark.parametrize("change", [dict(format="x"), dict(method=""), dict(set="self"), dict(n=0), dict(size="64"), dict(images={}), dict(extra=1), dict(images=[dict(image=1, reconstruction="a.png")]), dict(images=[dict(image=10500004)]),
-                                    dict(images=[dict(image=10500004, reconstruction="a.png", novel={"20": "b.png"})]), dict(images=[dict(image=10500004, reconstruction="a.png")] * 2), dict(images=[dict(image=True, reconstruction="a.png")])])
+@pytest.mark.parametrize("change", [dict(format="x"), dict(method=""), dict(set="self"), dict(n=0), dict(size="64"), dict(images={}), dict(extra=1), dict(images=[dict(image=1, reconstruction="a.png")]), dict(images=[dict(image=10500041)]),
+                                    dict(images=[dict(image=10500041, reconstruction="a.png", novel={"20": "b.png"})]), dict(images=[dict(image=10500041, reconstruction="a.png")] * 2), dict(images=[dict(image=True, reconstruction="a.png")])])
 def test_a_wrong_list_is_refused(tmp_path, change):
     save_json(dict(format="posefree_kit views 1", method="m", set="portraits-written", n=2, size=32, images=[]) | change, tmp_path/"views.json")
     with pytest.raises(InputError, match="expected"): read_views(tmp_path)
 
 def test_files_outside_the_folder_and_broken_json(tmp_path):
-    entry = dict(image=10500004, reconstruction="../secret.png")
+    entry = dict(image=10500041, reconstruction="../secret.png")
     save_image(torch.zeros(1, 3, 32, 32), tmp_path/"secret.png")
     save_json(dict(format="posefree_kit views 1", method="m", set="portraits-written", n=1, size=32, images=[entry]), tmp_path/"v"/"views.json")
     assert "inside the folder" in score_views(tmp_path/"v")[0]["error"]
