@@ -563,9 +563,10 @@ def label(row:dict) -> str: # of a row or a mean
     return row["method"] + ("" if row.get("ablation", "full") == "full" else f", {row['ablation']}")
 
 def shown(v:tuple, signed:bool=False) -> str: # (mean, low, high)
-    "Three significant digits and the interval"
+    "Three significant digits, of a difference (signed) those of its widest end, and the interval"
     if v[0] is None: return "-"
-    digits = max(0, 2 - math.floor(math.log10(max(abs(v[0]), 1e-4)))) if v[0] else 3
+    size = max(abs(x) for x in v if x is not None) if signed else abs(v[0])
+    digits = min(5, max(0, 2 - math.floor(math.log10(size)))) if size else 3
     f = lambda x: f"{x:{'+' if signed else ''}.{digits}f}"
     return f(v[0]) + ("" if v[1] is None else f" [{f(v[1])}, {f(v[2])}]")
 

@@ -15,7 +15,7 @@ from posefree_kit.checkpoints import save_checkpoint
 from posefree_kit.core import InputError, load_image, rng, save_image, save_json
 from posefree_kit.discriminator import Discriminator, DiscriminatorConfig
 from posefree_kit.evaluation import ABLATIONS, MEASURES, OFFSETS, SELF, SETS, Answer, Busy, Judges, RowFile, answer, attempt, benchmark, differences, evaluate, image_metrics, in_sight, interval, means, named, \
-    normal_error, one_of, own_truth, paired, portrait_truth, pose_errors, protocol, read_rows, read_views, report, resolve, score, score_views, set_seeds, table, verdict, write_views
+    normal_error, one_of, own_truth, paired, portrait_truth, pose_errors, protocol, read_rows, read_views, report, resolve, score, score_views, set_seeds, shown, table, verdict, write_views
 from posefree_kit.generator import GeneratorConfig
 from posefree_kit.optimiser import DivergedError, Inversion, quick
 from posefree_kit.portraits import STYLES, draw, portrait_batch
@@ -124,6 +124,10 @@ def test_pose_errors_after_one_rotation_and_none_for_own_samples():
     own = pose_errors([row(0, 15, SELF)])
     assert max(r["pose_yaw_deg"] for r in turned) < .1 and own[0]["pose_yaw_deg"] == pytest.approx(15, abs=1e-3)
     assert "pose_yaw_deg" not in pose_errors([row(i, 0, "portraits-easy") for i in range(2)])[0], "two images are too few to fit a frame on the others"
+
+def test_a_difference_shows_digits_of_its_widest_end():
+    assert shown((.00012, -.0004, .0005), signed=True) == "+0.00012 [-0.00040, +0.00050]" and shown((1.164, .93, 1.43), signed=True) == "+1.16 [+0.93, +1.43]" and shown((0., -.02, .03), signed=True) == "+0.0000 [-0.0200, +0.0300]"
+    assert shown((28.21, 27.3, 29.1)) == "28.2 [27.3, 29.1]" and shown((.5, None, None)) == "0.500" and shown((None, None, None)) == "-" and shown((0., 0., 0.)) == "0.000 [0.000, 0.000]"
 
 def test_a_difference_of_pose_fits_both_frames_on_the_images_that_both_have():
     turned = lambda method, n, by: [dict(set="portraits-easy", method=method, ablation="full", generator="g", sha256="h", config="c", preset="quick", steps=1, image=i, true_yaw_deg=float(i), true_pitch_deg=0., pitch_deg=0., yaw_deg=i + (0. if i < 6 else by)) for i in range(n)]
