@@ -540,7 +540,7 @@ def paired(rows:list, others:list, key:str) -> dict: # n, mean, low, high of (ro
     at = {(r["set"], r["image"]) for r in others if r.get(key) is not None}
     rows = [r for r in rows if r.get(key) is not None and (r["set"], r["image"]) in at]
     shared = {(r["set"], r["image"]) for r in rows}
-    others = [r for r in others if (r["set"], r["image"]) in shared]
+    others = [r for r in others if r.get(key) is not None and (r["set"], r["image"]) in shared]
     if key in ("pose_yaw_deg", "pose_pitch_deg"): rows, others = pose_errors(rows), pose_errors(others)
     at = {(r["set"], r["image"]): r[key] for r in others}
     d = [r[key] - at[r["set"], r["image"]] for r in rows]
