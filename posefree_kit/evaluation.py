@@ -241,7 +241,8 @@ SELF, OWN_SEED = "self", HELD_OUT + 600_000 # the generator's own samples, and t
 
 def in_sight(seeds, style:str, least:float=2.) -> Tensor: # (B,) of bool
     "Does a style show? Without it the picture of 64 x 64 is another: by at least so many pixels turned from black to white"
-    there, gone = portrait_batch(seeds, 64).image, portrait_batch(seeds, 64, **{style: "none"}).image
+    without:dict[str, Any] = {style: "none"}
+    there, gone = portrait_batch(seeds, 64).image, portrait_batch(seeds, 64, **without).image
     return (there - gone).abs().mean(1).sum((1, 2)) / 2 >= least
 
 @functools.cache
