@@ -21,7 +21,7 @@ from posefree_kit.features import EncoderConfig, PortraitEncoder, save_encoder
 from posefree_kit.generator import GeneratorConfig
 from posefree_kit.optimiser import quick
 from posefree_kit.pose import PoseFreeGenerator
-from posefree_kit.training import TrainConfig, new_state, save_state
+from posefree_kit.training import TrainConfig, make_state, new_state, save_state
 
 G16 = GeneratorConfig(channels=(16, 16, 16), plane_channels=8, decoder_hidden=16, render_resolution=16, samples=8)
 D16 = DiscriminatorConfig(channels=(16, 16, 16), group=1)
@@ -55,7 +55,9 @@ def corpus(folder) -> dict: # kind -> files
     G = PoseFreeGenerator(G16); G.name, G.sha256 = "generator", sha256(g)
     save_latent_encoder(LatentEncoder(LatentEncoderConfig(widths=(4, 4), hidden=8, size=16, num_ws=G.num_ws)), folder/"latent_encoder.safetensors", G)
     save_tensors(dict(w=torch.zeros(1, 72), deltas=torch.zeros(1, G.num_ws, 72), pose=torch.zeros(1, 2)), folder/"latent.safetensors", format="posefree_kit latent 1", generator=dict(name="generator", sha256=G.sha256), config=config_to_dict(quick()))
-    save_state(new_state(G8, D8, TrainConfig(batch=2)), folder/"run.state")
+    s = new_state(G8, D8, TrainConfig(batch=2))
+    save_state(s, folder/"run.state")
+    save_state(make_state(s.G, s.D, TrainConfig(batch=2, encode_share=.5), LatentEncoder(LatentEncoderConfig(widths=(4, 4), hidden=8, size=8, num_ws=s.G.num_ws))), folder/"encode.state") # an encoder learns along
     state = official_state(SMALL)
     (folder/"official.pkl").write_bytes(snapshot(state, SMALL))
     (folder/"official.safetensors").write_bytes(save({k: v.contiguous() for k, v in state.items()}))
