@@ -24,6 +24,17 @@ def test_the_driver_runs_a_chapter_and_tells_a_failure(tmp_path):
     error, _ = run("import time; time.sleep(60)", timeout=4)
     assert error == "took longer than 4 s"
 
+def test_a_kernel_that_never_began_is_asked_again():
+    def ask(deaths, why="Kernel died before replying to kernel_info"):
+        said = iter([RuntimeError(why)] * deaths)
+        def run():
+            for e in said: raise e
+            return "done"
+        return run
+    assert chapters.begun(ask(0)) == chapters.begun(ask(2)) == "done"
+    for bad in (ask(3), ask(1, "Kernel died")):
+        with pytest.raises(RuntimeError, match="Kernel died"): chapters.begun(bad)
+
 def test_unknown_chapters_are_refused():
     with pytest.raises(SystemExit, match="99_nothing"): tree.notebooks(["99_nothing"])
 

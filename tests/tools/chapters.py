@@ -52,6 +52,13 @@ def taken(nb, done):
 
 def read(path:Path): return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
+def begun(ask, times:int=3): # -> what ask() gives
+    "Ask again where a kernel died before it said a word: its ports are chosen before it binds them, and another program may be faster; nothing of the notebook has run then"
+    for left in reversed(range(times)):
+        try: return ask()
+        except RuntimeError as e:
+            if not left or "before replying to kernel_info" not in str(e): raise
+
 def execute(
     path:Path, # a notebook; its outputs are written back to it
     flags=(), timeout:float=600, # seconds in all
@@ -68,9 +75,9 @@ def execute(
             parameters = dict(parameters, result_path=str(result))
             run.cells.append(nbformat.v4.new_code_cell(f"import sys; sys.path.insert(0, {str(ROOT/'tests'/'notebooks')!r})\nfrom ending import tell\ntell({str(end)!r}, {[*parameters]!r}, globals())"))
         left = lambda cell: max(1, int(start + timeout - time.time()))
-        try:
-            done = papermill.execute_notebook(run, Path(tmp)/"done.ipynb", parameters, kernel_name="python3", language="python", cwd=path.parent, progress_bar=False, request_save_on_cell_execute=False,
-                                              timeout_func=left, store_widget_state=False, extra_arguments=["--IPKernelApp.log_level=CRITICAL"])
+        ask = lambda: papermill.execute_notebook(run, Path(tmp)/"done.ipynb", parameters, kernel_name="python3", language="python", cwd=path.parent, progress_bar=False, request_save_on_cell_execute=False,
+                                                 timeout_func=left, store_widget_state=False, extra_arguments=["--IPKernelApp.log_level=CRITICAL"])
+        try: done = begun(ask)
         except papermill.PapermillExecutionError as e: trouble = f"cell {at.get(_failed(Path(tmp)/'done.ipynb'), 'of the runner')}:\n{told(str(e))}"
         except CellTimeoutError: trouble = f"took longer than {timeout:g} s"
         except DeadKernelError as e: trouble = f"its kernel died: {e}"
