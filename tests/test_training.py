@@ -251,3 +251,20 @@ def test_rates_fall_in_a_straight_line(images):
     for _ in range(5): train_step(s, images); seen.append([g["lr"] / f for g, f in zip(s.groups, full)])
     for got, want in zip(seen, (1, .775, .55, .325, .1)): assert got == pytest.approx([want] * len(full))
     with pytest.raises(InputError, match="fall_kimg"): TrainConfig(fall_kimg=(3., 2.))
+
+def test_the_next_generator_is_whole():
+    "data/next: the generator that is to come loads with its encoder, and reads true poses"
+    from posefree_kit.baselines import load_latent_encoder
+    from posefree_kit.checkpoints import load_generator
+    from posefree_kit.portraits import HELD_OUT, portrait_batch
+    from posefree_kit.training import pose_figures
+    folder = Path(__file__).parents[1]/"data"/"next"
+    G = load_generator(str(folder/"wider.safetensors"), "cpu")
+    held = portrait_batch(torch.arange(HELD_OUT, HELD_OUT + 64), 64)
+    found = pose_figures(G, G.reader, held.image, held.pose, 256)
+    assert found["yaw_r"] > .9 and found["pitch_r"] > .9 and .8 < found["yaw_slope"] < 1.2, found
+    with torch.no_grad(): code = load_latent_encoder(G, folder/"latent_encoder.safetensors")(held.image[:2])
+    assert (code if torch.is_tensor(code) else code[0]).shape == (2, G.config.w_dim)
+    last = json.loads((folder/"log.jsonl").read_text().splitlines()[-1])
+    card = json.loads((folder/"wider.json").read_text())
+    assert card["training"]["what"].startswith(f"trained on for {last['kimg']:.1f} kimg") and card["figures"]["yaw_r"] > .95
