@@ -252,19 +252,14 @@ def test_rates_fall_in_a_straight_line(images):
     for got, want in zip(seen, (1, .775, .55, .325, .1)): assert got == pytest.approx([want] * len(full))
     with pytest.raises(InputError, match="fall_kimg"): TrainConfig(fall_kimg=(3., 2.))
 
-def test_the_next_generator_is_whole():
-    "data/next: the generator that is to come loads with its encoder, and reads true poses"
-    from posefree_kit.baselines import load_latent_encoder
-    from posefree_kit.checkpoints import load_generator
+def test_the_shipped_generator_is_what_its_card_says():
+    "Reads true poses about as well as its card says, and the card's figures are those of data/results"
+    from posefree_kit.checkpoints import load_generator, read_card
     from posefree_kit.portraits import HELD_OUT, portrait_batch
     from posefree_kit.training import pose_figures
-    folder = Path(__file__).parents[1]/"data"/"next"
-    G = load_generator(str(folder/"wider.safetensors"), "cpu")
+    G, card = load_generator("portraits", "cpu"), read_card("portraits")
+    assert card["figures"] | dict(sha256=card["sha256"]) == json.loads((Path(__file__).parents[1]/"data/results/generator.json").read_text())
     held = portrait_batch(torch.arange(HELD_OUT, HELD_OUT + 64), 64)
     found = pose_figures(G, G.reader, held.image, held.pose, 256)
-    assert found["yaw_r"] > .9 and found["pitch_r"] > .9 and .8 < found["yaw_slope"] < 1.2, found
-    with torch.no_grad(): w, _ = load_latent_encoder(G, folder/"latent_encoder.safetensors")(held.image[:2])
-    assert w.shape == (2, G.config.w_dim)
-    last = json.loads((folder/"log.jsonl").read_text().splitlines()[-1])
-    card = json.loads((folder/"wider.json").read_text())
-    assert card["training"]["what"].startswith(f"trained on for {last['kimg']:.1f} kimg") and card["figures"]["yaw_r"] > .95
+    for key in ("yaw_r", "pitch_r"): assert found[key] == pytest.approx(card["figures"][key], abs=.04), (key, found)
+    assert found["yaw_slope"] == pytest.approx(card["figures"]["yaw_slope"], abs=.1), found
