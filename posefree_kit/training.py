@@ -73,7 +73,7 @@ def g_loss(fake:Tensor, real:Tensor|None=None, kind:str="nonsaturating") -> Tens
     return F.softplus(real - fake).mean() if kind == "relativistic" else F.softplus(-fake).mean()
 
 def r1_penalty(D:Discriminator, image:Tensor) -> Tensor: # image (B, 3, R, R) -> scalar
-    "Mean squared gradient norm of the score at real images"
+    "Mean squared gradient norm of the score at these images: real ones (R1), or generated ones (R2)"
     image = image.detach().requires_grad_()
     grad, = torch.autograd.grad(D(image).score.sum(), image, create_graph=True)
     return grad.square().sum((1, 2, 3)).mean()
@@ -115,7 +115,8 @@ class TrainConfig:
     d_rate:float = 0.002 # Adam's rate, discriminator
     loss:str = "nonsaturating" # or "relativistic"
     r1_gamma:float = 0.05 # weight of R1 (rule of thumb: 0.05 (resolution / 32)^2; four times as much, and faces stay without eyes)
-    r1_every:int = 16 # steps between R1 (applied `r1_every` times as strongly)
+    r2_gamma:float = 0. # weight of the same penalty at generated images (R2): the relativistic loss wants both (Huang et al. 2024)
+    r1_every:int = 16 # steps between R1 and R2 (applied `r1_every` times as strongly)
     condition_kimg:tuple = (6., 20.) # thousands of images at which the discriminator begins to judge by pose, and does so fully
     easy_kimg:tuple = (35., 65.) # where easy pictures are given: thousands of images until which all are easy, and from which none is
     hold_kimg:float = 1000. # thousands of images for which the pose learner keeps its starting spread: left free early, it shrinks, since unfinished heads look better from the front
@@ -337,6 +338,9 @@ def d_step(s:TrainState, fakes:Fakes, real:Tensor, sigma:float, generator:torch.
     if s.step % c.r1_every == 0:
         parts["r1"] = r1_penalty(D, blur(real, sigma))
         total = total + c.r1_gamma / 2 * c.r1_every * parts["r1"]
+        if c.r2_gamma:
+            parts["r2"] = r1_penalty(D, seen)
+            total = total + c.r2_gamma / 2 * c.r1_every * parts["r2"]
     s.opt_d.zero_grad(set_to_none=True); total.backward(); share.average(D); s.opt_d.step()
     if c.calibrate:
         own, shown = (share.gather(p.stack().detach() / D.unit) for p in (fakes.own, judged.pose))

@@ -22,7 +22,7 @@ from posefree_kit.generator import AXES, Planes, View, ball_prior
 from posefree_kit.latent_encoder import fresh_encoder
 from posefree_kit.portraits import HELD_OUT, portrait_batch
 from posefree_kit.rendering import march, softplus_density
-from posefree_kit.training import TrainConfig, calibrate, d_loss, encoder_figures, g_loss, go_on_with, grow, make_state, pose_figures, pose_loss, pyramid, sample_grid, wall_loss
+from posefree_kit.training import TrainConfig, calibrate, d_loss, encoder_figures, g_loss, go_on_with, grow, make_state, pose_figures, pose_loss, pyramid, r1_penalty, sample_grid, wall_loss
 
 class Constants(dict):
     "Tensors that a recorded step reads: made when they are first asked for, before anything is recorded"
@@ -121,16 +121,17 @@ class Recorded:
         D, c, real = self.D, self.c, f["real"]
         fake, judged = D(f["view"].rgb.detach(), f["pose"], f["read"]), D(real)
         lit, turned = D(relit(f["view"], c.relight, self.G.config.focal)).pose, D(real.flip(-1)).pose
-        parts = dict(d=d_loss(judged.score, fake.score), pose=pose_loss(lit, f["pose"], self.unit), mirror=pose_loss(turned, mirror(judged.pose), self.unit))
+        parts = dict(d=d_loss(judged.score, fake.score, c.loss), pose=pose_loss(lit, f["pose"], self.unit), mirror=pose_loss(turned, mirror(judged.pose), self.unit))
         if r1:
-            x = real.detach().requires_grad_()
-            parts["r1"] = torch.autograd.grad(D(x).score.sum(), x, create_graph=True)[0].square().sum((1, 2, 3)).mean()
+            parts["r1"] = r1_penalty(D, real)
+            if c.r2_gamma: parts["r2"] = r1_penalty(D, f["view"].rgb)
         f["shown"] = judged.pose.stack().detach()
         return parts
 
     def g_loss(self, f, density:bool) -> dict:
         G, D, E, c, planes, pose, at, look = self.G, self.D, self.E, self.c, f["planes"], f["pose"], f["at"], self.G.config.look_dim
-        parts = dict(g=g_loss(D(f["view"].rgb, pose, f["read"]).score), wall=wall_loss(f["view"], G.config.radius))
+        real = D(f["real"]).score if c.loss == "relativistic" else None
+        parts = dict(g=g_loss(D(f["view"].rgb, pose, f["read"]).score, real, c.loss), wall=wall_loss(f["view"], G.config.radius))
         if density:
             u = (torch.rand(c.batch, 500, 3, device=self.device) - .5) * G.config.box
             sigma = F.softplus(field(G, planes.features, torch.cat([u, u + .004 * G.config.box * torch.randn_like(u)], 1))[0] - 1) * G.config.density_scale
@@ -155,7 +156,7 @@ class Recorded:
     def step(self, r1:bool, density:bool): # -> losses (tensor), named in `self.names`
         "All networks, once"
         c, D = self.c, self.D
-        weights = dict(pose=c.pose_weight, mirror=c.mirror_weight, r1=c.r1_gamma / 2 * c.r1_every, density=c.density_weight, wall=c.wall_weight, symmetry=c.symmetry_weight, known=c.encode_known_weight, rec=c.encode_weight, rec_seen=c.encode_feature_weight)
+        weights = dict(pose=c.pose_weight, mirror=c.mirror_weight, r1=c.r1_gamma / 2 * c.r1_every, r2=c.r2_gamma / 2 * c.r1_every, density=c.density_weight, wall=c.wall_weight, symmetry=c.symmetry_weight, known=c.encode_known_weight, rec=c.encode_weight, rec_seen=c.encode_feature_weight)
         def down(parts, opts):
             for o in opts: o.zero_grad(set_to_none=True)
             sum(weights.get(k, 1.) * v for k, v in parts.items()).backward()
