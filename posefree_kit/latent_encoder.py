@@ -42,7 +42,9 @@ class LatentEncoder(nn.Module):
         nn.init.zeros_(self.deltas.weight) # begins with one code for all layers
         self.register_buffer("mean", torch.zeros(c.w_dim)); self.register_buffer("std", torch.ones(c.w_dim))
     def forward(self, image:Tensor) -> tuple: # (B, 3, H, H) in [-1, 1] -> w (B, w_dim), deltas (B, num_ws, w_dim)
-        c, x = self.config, self.body(resize(image, self.config.size))
+        c = self.config
+        if not len(image): return image.new_zeros(0, c.w_dim), image.new_zeros(0, c.num_ws, c.w_dim) # torch's PixelUnshuffle gives a batch of none back as it came
+        x = self.body(resize(image, c.size))
         deltas = self.deltas(x).view(-1, c.num_ws, c.look_dim) * (.1 * self.std[:c.look_dim])
         return self.mean + self.std * self.w(x), F.pad(deltas, (0, c.w_dim - c.look_dim))
 

@@ -210,6 +210,17 @@ def test_a_run_with_an_encoder_resumes_exactly(images, tmp_path):
     for x, y in ((whole.E, b.E), (whole.e_ema, b.e_ema), (whole.G, b.G)): assert all(torch.equal(p, q) for p, q in zip(x.state_dict().values(), y.state_dict().values()))
 
 
+def test_a_process_whose_rows_hold_no_encoded_person_goes_on(images):
+    from posefree_kit.training import Processes
+    class Half(Processes): # the first two of four images
+        def rows(self, batch, group): return torch.arange(2)
+    s = new_state(G8, D8, dataclasses.replace(ENCODE, encode_share=.25)); s.share = Half()
+    parts = [train_step(s, images) for _ in range(8)]
+    assert {p["rec"] == 0 for p in parts} == {True, False} and all(math.isfinite(v) for p in parts for v in p.values())
+    w, deltas = s.E(images.images[:0].float())
+    assert w.shape == (0, s.G.config.w_dim) and deltas.shape == (0, s.E.config.num_ws, s.G.config.w_dim)
+
+
 def test_widening_keeps_the_pictures():
     from posefree_kit.training import widen
     small = new_state(G8, D8, C).G
