@@ -566,7 +566,7 @@ def import_official(
 def benchmark(
     out:Annotated[Path, typer.Option(help="NAME: the reports become NAME.json and NAME.md.")],
     generator:Annotated[str, typer.Option(help="A shipped generator or a .safetensors file.")]="portraits",
-    presets:Annotated[str, typer.Option(help="Also time whole inversions, by presets: quick, paper (a minute and more each).")]="",
+    presets:Annotated[str, typer.Option(help="Also time whole inversions, by presets: quick, paper (on a CPU core about half a minute, and over a minute).")]="",
     rounds:Annotated[int, typer.Option(help="The median of so many counts.")]=5,
     size:Annotated[int, typer.Option(help="Of the training step: pixels a side, 16 or 32.")]=32,
     batch:Annotated[int, typer.Option(help="Of the training step: pictures.")]=8,
@@ -626,6 +626,6 @@ def _networks() -> list: # borrowed ones: used only when asked for, so missing i
 
 def _try(what, f, otherwise):
     try: return what, f(), "ok"
-    except Exception as e: return what, " ".join(str(e).split()).replace(str(Path.home()), "~").removeprefix(f"{what}: ")[:160], otherwise
+    except Exception as e: return what, " ".join(str(e).split()).replace(str(Path.home()), "~").removeprefix(f"{what}: "), otherwise
 
 if __name__ == "__main__" and __spec__: app() # python -m posefree_kit.cli, which is what `accelerate launch -m` begins

@@ -1006,7 +1006,7 @@ def pose_view(
 # %% ../nbs/16_viewer.ipynb #16d00009
 def depth_against(
     depth:Tensor, # (1, 1, h, h) estimated
-    truth:Tensor, # (1, 1, S, S) true, same camera
+    truth:Tensor, # (1, 1, S, S) true, from the picture's own camera
     mask:Tensor, # (1, 1, S, S) 0 or 1
 ) -> tuple: # fitted depth (1, 1, h, h), signed error (1, 1, h, h), NaN outside the mask; true depth (1, 1, h, h); all in lengths
     "Estimated depth after the best scale and shift, against the truth: + is too far"
