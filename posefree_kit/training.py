@@ -296,7 +296,7 @@ class Encoded:
         known = off.square().sum(1) / 2 + (prior * (spread(seen) - spread(fakes.w.detach()))[:, :look].square()).mean(1) + .02 * spread(seen)[:, look:].square().sum(1)
         share = s.share.count / self.many
         parts = dict(known=c.encode_known_weight * known.mean(), tame=share * (.01 * spread(self.w).square().mean(1) + 2e-4 * self.deltas.square().sum((1, 2))).sum())
-        if not b: return parts | dict(rec=0 * parts["tame"], rec_seen=0 * parts["tame"]) # this process has none of them
+        if not b: return parts | dict(rec=0 * sum(p.sum() for p in s.E.parameters()), rec_seen=0 * parts["tame"]) # this process has none of them; its encoder has a gradient all the same, 0 where nothing was asked, since all processes average as many numbers
         view = G.render(Planes(*(x[self.at] for x in fakes.planes)), G.pose(self.w), jitter=1., generator=generator)
         shown, image = blur(view.rgb, sigma), blur(self.image, sigma)
         parts["rec"] = c.encode_weight * share * sum((x - y).abs().mean((1, 2, 3)).sum() for x, y in zip(pyramid(shown), pyramid(image))) / 3
