@@ -336,7 +336,7 @@ def train_latent_encoder(
     out, # NAME.safetensors; the card goes to NAME.json, the state of an unfinished run to NAME.state
     minutes:float|None=None, steps:int|None=None, # budget: one of them, or whichever ends first
     start=None, # an encoder file to begin with, of this generator or any other of its shape
-    resume:bool=False, # go on from NAME.state: the same as if never interrupted
+    resume:bool=False, # go on from NAME.state, with the same generator, images, start and settings: the same as if never interrupted
     training:LatentTraining=LatentTraining(),
     callback=None, # called with (step, parts) after each step
     psi=None, phi=None,
@@ -349,7 +349,11 @@ def train_latent_encoder(
     nets = Networks(generator, psi or load_perceptual("portrait", device=device), phi or load_identity("portrait", device=device))
     begin = None if start is None else read_latent_encoder(start)
     t = LatentTrainer(nets, images[:-training.held], training, begin)
-    if resume: t.restore(_state(out.with_suffix(".state")))
+    of = dict(generator=generator.sha256, images=sha256(images.cpu().contiguous().numpy().tobytes()), start=None if begin is None else begin.card["sha256"], training=config_to_dict(training))
+    if resume:
+        state = _state(out.with_suffix(".state"))
+        if other := [k for k, v in of.items() if state.get("of", of).get(k) != v]: raise InputError(f"resume: expected the {', '.join(other)} that the run in {out.with_suffix('.state').name} began with, got others")
+        t.restore(state)
     last = saved = time.time()
     with finish_steps() as stop:
         try:
@@ -357,8 +361,8 @@ def train_latent_encoder(
                 parts = t.update(p)
                 now = time.time(); t.seconds += now - last; last = now
                 if callback: callback(t.step, parts)
-                if now - saved > 60: _keep(t, out); saved = now
-        finally: _keep(t, out) # also when something fails
+                if now - saved > 60: _keep(t, out, of); saved = now
+        finally: _keep(t, out, of) # also when something fails
     if stop: raise KeyboardInterrupt(f"stopped at step {t.step}, saved in {out.with_suffix('.state')}: --resume goes on")
     told = dict(steps=t.step, minutes=round(t.seconds / 60, 2), seed=training.seed, training=config_to_dict(training), started_from=None if begin is None else {k: begin.card[k] for k in ("name", "sha256")},
                 data=f"{training.pool:,} people of the generator; {len(t.images):,} portraits without any label", figures=latent_figures(t.net, generator, images[-training.held:]))
@@ -366,8 +370,8 @@ def train_latent_encoder(
     out.with_suffix(".state").unlink(missing_ok=True)
     return read_latent_encoder(out).to(device)
 
-def _keep(t, out):
-    save_values(t.state(), out.with_suffix(".state"))
+def _keep(t, out, of): # of: what the run is made of
+    save_values(t.state() | dict(of=of), out.with_suffix(".state"))
 
 def _state(path):
     if not path.is_file(): raise InputError(f"resume: expected the state of a run in {str(path)!r}, got none")

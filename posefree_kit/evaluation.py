@@ -24,7 +24,7 @@ from torch import nn, Tensor
 from .baselines import METHODS
 from .camera import FOCAL, Pose, align_pose, fit_frame, intrinsics, turn, unproject
 from .checkpoints import ASSETS
-from .core import InputError, check_shape, config_hash, config_to_dict, image_grid, load_image, load_tensors, parse_json, read_json, read_network, resize, rng, save_image, save_json, save_tensors, whole_file
+from .core import InputError, check_shape, config_hash, config_to_dict, image_grid, load_image, load_tensors, parse_json, read_json, read_network, resize, rng, save_image, save_json, save_tensors, sha256, whole_file
 from .features import load_identity, load_perceptual
 from .losses import depth_std
 from .optimiser import InvertConfig, Inversion, Schedule, Stage, constant, quick
@@ -93,6 +93,7 @@ def image_metrics(
     judges, size = judges or load_judges(str(image.device)), min(image.shape[-1], 256)
     image, target = (resize(x.float(), size).clamp(-1, 1) for x in (image, target))
     scales = max(1, min(5, int(math.log2(size / 11)) + 1))
+    while scales > 1 and size // (scales - 1) ** 2 <= 10: scales -= 1              # what torchmetrics asks of an image with a window of 11
     betas = torch.tensor(MS_SSIM_BETAS[:scales])
     options:dict = dict(data_range=(-1., 1.), reduction="none")
     mse, each = (image - target).square().mean((1, 2, 3)), lambda x: x.reshape(len(image))
@@ -162,10 +163,10 @@ class PoseOracle(nn.Module):
 def train_oracle(path:Path|str, people:int=12000, steps:int=4000, seed:int=0, progress:bool=True) -> PoseOracle:
     "Train the oracle on portraits with their true poses, and save it"
     from tqdm.auto import tqdm
-    torch.manual_seed(seed)
     first = 5_000_000
     sets = [portrait_batch(torch.arange(i, i + 50), 32) for i in tqdm(range(first, first + people, 50), disable=not progress, desc="portraits")]
-    image, pose, g, net = torch.cat([s.image for s in sets]), torch.cat([s.pose.stack() for s in sets]), rng(seed), PoseOracle()
+    image, pose, g = torch.cat([s.image for s in sets]), torch.cat([s.pose.stack() for s in sets]), rng(seed)
+    with torch.random.fork_rng([]): torch.manual_seed(seed); net = PoseOracle()
     opt = torch.optim.Adam(net.parameters(), 2e-3)
     for step in tqdm(range(steps), disable=not progress, desc="oracle"):
         opt.param_groups[0]["lr"] = 2e-3 * .5 * (1 + math.cos(math.pi * step / steps))
@@ -434,15 +435,17 @@ class Meter:
 FAILURES = (InputError, RuntimeError, ArithmeticError) # what counts as a method's failure (divergence and full memory are RuntimeErrors); anything else is a bug and stops the run
 
 def attempt(method, truth:Truth, G, config:InvertConfig, judges, callback=None, keep=None) -> list: # B rows
-    "Ask a method about a batch and score it; where a batch fails, its images are tried one by one"
+    "Ask a method about a batch and score it; where a batch fails, or one of its losses stopped being finite, its images are tried one by one, so that nobody's trouble becomes another's"
+    many, failed, rows = len(truth.names) > 1, "", []
     try:
         with Meter(G.w_avg.device) as meter: inv = method(truth.image.to(G.w_avg.device), G, config, callback)
-        a = answer(inv, G); rows = score(a, truth, judges)
-    except FAILURES as e:
-        if len(truth.names) > 1: return [r for i in range(len(truth.names)) for r in attempt(method, one_of(truth, i), G, config, judges, callback, keep)]
-        return [dict(image=truth.names[0], error=f"{type(e).__name__}: {' '.join(str(e).split())[:300]}", batch=1)]
+        trouble = getattr(inv, "report", {}).get("trouble")
+        if not (many and trouble): a = answer(inv, G); rows = score(a, truth, judges)
+    except FAILURES as e: failed = f"{type(e).__name__}: {' '.join(str(e).split())[:300]}" # its frames, and what they hold of the device's memory, are gone before the next try
+    if many and not rows: return [r for i in range(len(truth.names)) for r in attempt(method, one_of(truth, i), G, config, judges, callback, keep)]
+    if failed: return [dict(image=truth.names[0], error=failed, batch=1)]
     if keep: keep(truth, a)
-    cost = dict(seconds=round(meter.seconds / len(rows), 2), peak_mb=meter.peak_mb, batch=len(rows))
+    cost = dict(seconds=round(meter.seconds / len(rows), 2), peak_mb=meter.peak_mb, batch=len(rows)) | (dict(trouble=trouble) if trouble else {})
     return [_finite(r) | cost for r in rows]
 
 def _finite(row:dict) -> dict: # a figure that is not a number makes a failure of its row
@@ -483,9 +486,10 @@ def evaluate(
     load_perceptual(config.perceptual, device=device); load_identity(config.identity, device=device) # missing weights are no method's failure
     name, names, make = asked(images, n, generator)
     who = dict(set=name, method=label, ablation=ablation, config=config_hash(config), sha256=generator.sha256[:12])
-    told = dict(generator=generator.name, resolution=generator.resolution, preset=config.preset, space=config.space, steps=config.steps, seed=config.seed, device=device, threads=torch.get_num_threads())
+    if isinstance(images, Tensor) and images.ndim == 4: who["images"] = sha256(images.detach().cpu().contiguous().numpy().tobytes())[:12]
+    told = dict(generator=generator.name, resolution=generator.resolution, compiled=getattr(generator, "compiled", False), preset=config.preset, space=config.space, steps=config.steps, seed=config.seed, device=device, threads=torch.get_num_threads())
     with RowFile(out, resume) if out else _Memory() as file:
-        if other := [r for r in file.rows if any(r[k] != v for k, v in who.items())]: raise InputError(f"{Path(out).name}: expected rows of {who}, got one of {({k: other[0][k] for k in who})}: give another file")
+        if other := [r for r in file.rows if any(r.get(k) != v for k, v in who.items())]: raise InputError(f"{Path(out).name}: expected rows of {who}, got one of {({k: other[0].get(k) for k in who})}: give another file")
         with tqdm(total=len(names), disable=not progress, desc=f"{name} {label}" + ("" if ablation == "full" else f" {ablation}")) as bar:
             for part in (names[i:i + batch] for i in range(0, len(names), batch)): # always the same batches, so that a run that was stopped has the same numbers
                 todo = {x for x in part} - {r["image"] for r in file.rows}
@@ -510,7 +514,7 @@ def interval(values) -> tuple: # mean, low, high; low and high are None for fewe
     ci = bootstrap((x,), np.mean, n_resamples=2000, method="percentile", rng=np.random.default_rng(0)).confidence_interval
     return tuple(round(float(v), 5) for v in (x.mean(), ci.low, ci.high))
 
-GROUP = ("set", "method", "ablation", "generator", "sha256", "config", "preset", "steps") # rows that are averaged together agree in these
+GROUP = ("set", "method", "ablation", "generator", "sha256", "config", "preset", "steps", "seed") # rows that are averaged together agree in these
 
 def groups(rows:list, by=GROUP) -> dict: # values of `by` -> rows
     "Rows that belong together, in order of appearance"
@@ -538,6 +542,8 @@ def means(rows:list, keys=tuple(MEASURES), by=GROUP) -> list: # one dict a group
 
 def paired(rows:list, others:list, key:str) -> dict: # n, mean, low, high of (row - other) over images that both scored
     "The difference of two methods, image by image; for errors of pose, with frames that were fitted on these images alone"
+    for side in (rows, others):
+        if len({(r["set"], r["image"]) for r in side}) < len(side): raise InputError("paired: expected each image of a set once on either side, got some twice: rows of several configurations do not mix")
     at = {(r["set"], r["image"]) for r in others if r.get(key) is not None}
     rows = [r for r in rows if r.get(key) is not None and (r["set"], r["image"]) in at]
     shared = {(r["set"], r["image"]) for r in rows}
@@ -561,7 +567,7 @@ AGAINST_TRUTH = ("novel_psnr_30", "novel_pdist_30", "novel_id_30", "novel_psnr",
 
 def label(row:dict) -> str: # of a row or a mean
     "A method and what was taken from it"
-    return row["method"] + ("" if row.get("ablation", "full") == "full" else f", {row['ablation']}")
+    return row["method"] + ("" if row.get("ablation", "full") == "full" else f", {row['ablation']}") + (f", seed {row['seed']}" if row.get("seed") else "")
 
 def shown(v:tuple, signed:bool=False) -> str: # (mean, low, high)
     "Three significant digits, of a difference (signed) those of its widest end, and the interval"
@@ -582,14 +588,14 @@ def table(rows:list, keys=INPUT_VIEW, sets=None) -> str: # Markdown
                           [[g["set"], label(g), f"{g['generator']} {g['sha256'][:6]}", f"{g['preset']}, {g['steps']}", g["n"], g["failed"], *(shown(g[k]) for k in keys)] for g in m])
 
 def differences(rows:list, keys=("mse", "pdist", "id", "ms_ssim_dist", "novel_psnr_30", "novel_id_30", "depth_corr"), reference=("latent", "full")) -> str: # Markdown
-    "Every method minus the reference (of the same generator, preset and set), image by image"
-    lines, by = [], ("set", "generator", "sha256", "preset", "steps")
+    "Every method minus the reference (of the same generator, preset, seed and set; of each configuration, if there are several), image by image"
+    lines, by = [], ("set", "generator", "sha256", "preset", "steps", "seed")
     for name, g in groups(rows, by).items():
-        each = groups(g, ("method", "ablation"))
-        for who, part in each.items():
-            if who == reference or reference not in each: continue
-            d = {k: paired(part, each[reference], k) for k in keys}
-            lines.append([name[0], label(part[0]), max(v["n"] for v in d.values()), *(shown((v["mean"], v["low"], v["high"]), signed=True) for v in d.values())])
+        each = groups(g, ("method", "ablation", "config"))
+        first = {who: part for who, part in each.items() if who[:2] == reference}
+        for who, part, (ref, other) in ((who, part, r) for who, part in each.items() if who not in first for r in first.items()):
+            d = {k: paired(part, other, k) for k in keys}
+            lines.append([name[0], label(part[0]) + (f" (configuration {who[2]}, minus {ref[2]})" if len(first) > 1 else ""), max(v["n"] for v in d.values()), *(shown((v["mean"], v["low"], v["high"]), signed=True) for v in d.values())])
     return markdown_table(["set", f"method minus {reference[0]}", "pairs", *keys], lines)
 
 # %% ../nbs/15_evaluation.ipynb #c0a11021
@@ -662,6 +668,7 @@ def write_tables(out) -> list: # rows, with pose errors
     import csv
     out = Path(out)
     rows, cards = pose_errors([dict(r, method=named(r)) for r in read_rows(out/"rows")]), [json.loads(p.read_text(encoding="utf-8")) for p in sorted((out/"rows").glob("*.json"))]
+    rows = list({tuple(r.get(k) for k in (*GROUP, "image")): r for r in reversed(rows)}.values())[::-1] # one method under two names (`latent`, `latent:w+`) counts once
     if not rows: return rows
     columns = list(dict.fromkeys(k for r in rows for k in r))
     with whole_file(out/"rows.jsonl") as tmp: tmp.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
@@ -697,6 +704,7 @@ def benchmark(
     "Ask every method about every set, and make the tables"
     judges = load_judges(str(generator.w_avg.device), generator.config.domain)
     jobs = list(dict.fromkeys([(s, m, "full") for s in sets for m in methods] + [(s, "latent", a) for s in sets for a in ablate]))
+    jobs = list({(s, named(dict(method=m, space=resolve(m, config, a)[2].space)), a): (s, m, a) for s, m, a in reversed(jobs)}.values())[::-1] # `latent` and `latent:w+` are one
     for s, m, a in jobs: set_seeds(s, n); check_judges(judges, resolve(m, config, a)[2])
     for s, m, a in jobs:
         c = resolve(m, config, a)[2]
@@ -762,9 +770,11 @@ def score_views(
     v, judges = read_views(folder), judges or load_judges()
     entries, names = {e["image"]: e for e in v["images"]}, set_seeds(v["set"], v["n"])
     who = dict(set=v["set"], method=v["method"], ablation="full", config="files", sha256="", generator="")
-    told = dict(resolution=v["size"], preset="files", steps=None, batch=1)
+    told = dict(resolution=v["size"], preset="files", steps=None, batch=1, views=sha256(Path(folder)/"views.json")[:12])
     keep = keep_strips(Path(out)/"images"/f"{safe(v['set'])}.", stem(who, "strip"), names[:pictures]) if out else None
     with RowFile(Path(out)/"rows"/f"{stem(who)}.jsonl", resume) if out else _Memory() as file:
+        same = dict(method=v["method"], resolution=v["size"], views=told["views"])
+        if other := [r for r in file.rows if any(r.get(k) != x for k, x in same.items())]: raise InputError(f"{stem(who)}.jsonl: expected rows of {same}, got one of {({k: other[0].get(k) for k in same})}: delete that file, or give another folder")
         if out: save_json(dict(row=who, config={}, protocol=protocol(judges, v["size"])), Path(out)/"rows"/f"{stem(who)}.json")
         for name in names:
             if name not in {r["image"] for r in file.rows}: file.append([who | _file_row(name, entries.get(name), folder, _known(names, name, v["size"]), judges, keep) | told])

@@ -88,7 +88,7 @@ class InvertConfig:
     def __post_init__(self):
         if self.space not in ("w", "w+"): raise InputError(f"InvertConfig.space: expected 'w' or 'w+', got {self.space!r}")
         if not self.stages or any(s.steps < 0 for s in self.stages) or self.steps < 1: raise InputError(f"InvertConfig.stages: expected at least 1 step in all, got {[s.steps for s in self.stages]}")
-        check_range(self, 0, 1e6, "clip", "noise", "l1", "perceptual_weight", "raw", "w_prior", "delta_prior", "start_steps"); check_range(self, 0, 1, "warmup"); check_range(self, 1, 100_000, "candidates", "starts", "mv_every")
+        check_range(self, 0, 1e6, "clip", "noise", "l1", "perceptual_weight", "raw", "w_prior", "delta_prior", "start_steps"); check_range(self, 0, 1, "warmup"); check_range(self, 1, 100_000, "candidates", "starts", "mv_every"); check_range(self, 0, 1 << 40, "seed")
         if self.mv_every < 1 or self.starts < 1 or self.candidates < self.starts: raise InputError("InvertConfig: expected mv_every >= 1 and candidates >= starts >= 1")
 
     @property
@@ -129,7 +129,7 @@ def view_offsets(config:InvertConfig, step:int) -> Pose: # (2,)
     "A pair of delta-theta, + and -, drawn from (seed, step)"
     p = config.at(step)[2]
     u = torch.rand(2, generator=rng(config.seed * 7919 + step)) * .5 + .5
-    yaw, pitch = float(u[0]) * config.mv_yaw(p), float(u[1]) * config.mv_pitch(p) * (1 if step % 8 else -1)
+    yaw, pitch = float(u[0]) * config.mv_yaw(p), float(u[1]) * config.mv_pitch(p) * (1 if step // config.mv_every % 2 else -1)
     return Pose(torch.tensor([yaw, -yaw]), torch.tensor([pitch, -pitch]))
 
 def render_at(generator, planes, pose:Pose, shrink:int): # -> View of 1 / shrink of the native size
@@ -292,14 +292,15 @@ def run(nets:Networks, target:Tensor, config:InvertConfig, state:InvertState, ca
         stage, p, done = config.at(state.step)
         s, free, here = config.stages[stage], state.free, state.here()
         if p == 0: state.adam = None
-        if s.layers and config.space == "w+" and state.d is None: state.d = state.deltas(G)
-        w, d = state.w.clone().requires_grad_(), state.deltas(G).clone().requires_grad_(state.d is not None)
+        layers = s.layers and config.space == "w+"
+        if layers and state.d is None: state.d = state.deltas(G)
+        w, d = state.w.clone().requires_grad_(), state.deltas(G).clone().requires_grad_(layers)
         rate = s.rate * warm_cosine(p + 1 / s.steps * .5, config.warmup) * (.5 if state.trouble else 1.)
         noise = 0. if stage else config.noise * max(0., 1 - p / .75) ** 2
         shaken = w + noise * std * torch.randn(1, w.shape[-1], generator=rng(config.seed * 104_729 + state.step)).to(w) if noise else w
         angles = None if free is None else free.angles.clone().requires_grad_()
         total, parts, lam, pose, view = objective(nets, config, target, shaken, d, state.step, pose=None if free is None else Pose.of(angles), terms=terms, sight=sight)
-        params = [] if free and state.step < free.preheat else [w] + ([d] if state.d is not None else [])
+        params = [] if free and state.step < free.preheat else [w] + ([d] if layers else [])
         grads = list(torch.autograd.grad(total.sum(), params + ([] if free is None else [angles])))
         if not (total.isfinite().all() and all(g.isfinite().all() for g in grads)):
             bad = ([k for k, v in parts.items() if not v.isfinite().all()] or ["gradient"])[0]
@@ -310,7 +311,7 @@ def run(nets:Networks, target:Tensor, config:InvertConfig, state:InvertState, ca
             if params: state.adam = adam_step(params, grads[:len(params)], state.adam, rate, config.clip)
             if free: free.adam = adam_step([angles], grads[-1:], free.adam, free.rate * warm_cosine(done, config.warmup), config.clip); free.angles = angles.detach().clamp(-LIMIT, LIMIT)
         state.w = w.detach()
-        if state.d is not None: state.d = d.detach()
+        if layers: state.d = d.detach()
         state.trace.append({k: v.detach().cpu() for k, v in parts.items()} | dict(step=state.step, stage=stage, rate=rate, total=total.detach().cpu(), pose=pose.stack().detach().cpu(), weights=lam))
         state.step, state.before = state.step + 1, here
         if callback and callback(Step(state.step - 1, config.steps, stage, {k: v.detach() for k, v in parts.items()}, lam, rate, pose.detach(), view, state)) is False: break
@@ -334,6 +335,8 @@ class Inversion:
         "The same on another device, to look at there; `state` stays where the run can go on"
         moved = lambda x: x.to(device) if hasattr(x, "to") else x
         generator = self.generator and copy.deepcopy(self.generator).to(device)
+        for G in getattr(generator, "members", [generator]):
+            if getattr(G, "reader", None) is not None: G.set_reader(G.reader.to(device)) # beside the module: `.to` does not see it
         return Inversion(*map(moved, (self.w, self.deltas, self.ws, self.pose)), type(self.view)(*map(moved, self.view)), [{k: moved(v) for k, v in t.items()} for t in self.trace], self.report, self.state, generator)
 
 def prepare(image:Tensor, generator:PoseFreeGenerator, config:InvertConfig, psi=None, phi=None) -> tuple: # Networks, target (B, 3, R, R)
@@ -361,6 +364,7 @@ def invert(
         if state is None:
             w, starts = search_start(nets, target, config)
             state = InvertState(w)
+        elif state.d is not None and config.space == "w": raise InputError("state: expected one without deltas in the space w, got deltas")
         else: state = state.copy()
         first = state.step
         run(nets, target, config, state, callback, terms)

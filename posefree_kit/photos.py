@@ -40,7 +40,8 @@ def find_faces(
     d = check_shape(image, "1 3 H W", "image")
     scale = min(1., 1024 / max(d["H"], d["W"])) if min(d["H"], d["W"]) >= 160 else 160 / min(d["H"], d["W"])  # the detector wants faces of 20 pixels up
     if max(d["H"], d["W"]) * scale > 8192: raise InputError(f"expected a picture that could hold a face, got {d['W']} x {d['H']}")
-    h, w = (max(1, round(d[k] * scale)) for k in "HW")
+    h, w = (round(d[k] * scale) for k in "HW")
+    if min(h, w) < 20: raise InputError(f"expected a picture that could hold a face, got {d['W']} x {d['H']}")
     x = F.interpolate(image.float(), (h, w), mode="bilinear", antialias=True) if (h, w) != (d["H"], d["W"]) else image.float()
     array = ((x[0].clamp(-1, 1) + 1) * 127.5).round().permute(1, 2, 0).cpu().numpy()
     boxes, probabilities, points = detector(str(resolve_device(device))).detect(array, landmarks=True)
@@ -112,17 +113,17 @@ def cut_out(
     u = (torch.arange(size * fine) + .5) / (size * fine) - .5
     p = torch.stack(torch.meshgrid(u, u, indexing="xy"), -1) * side @ rotation(roll).T + centre.cpu()
     grid = ((p + .5) / torch.tensor([w, h]) * 2 - 1)[None]
-    outside = (grid.abs().amax(-1) - 1).clamp(min=0)[:, None] # 0 inside, in half pictures
+    outside = ((grid.abs() - 1).clamp(min=0) * torch.tensor([w, h]) / (2 * side)).amax(-1)[:, None] # 0 inside; beyond the edge, in crop widths
     x = F.avg_pool2d(F.grid_sample(image.float().cpu(), grid, mode="bilinear", padding_mode="reflection", align_corners=False), fine)
-    outside = F.avg_pool2d(outside * min(h, w) / side, fine)
+    outside = F.avg_pool2d(outside, fine)
     return _soften(x, outside), float((outside > 0).float().mean())
 
 def _soften(x, outside): # blur by distance beyond the edge, in crop widths
-    for width, start in ((.03, .0), (.08, .06), (.2, .15)):
+    for width, start in ((.03, .0), (.08, .03), (.2, .075)):
         k = 2 * max(1, round(width * x.shape[-1] / 2)) + 1
         soft = x
         for _ in range(2): soft = F.avg_pool2d(F.avg_pool2d(F.pad(soft, (k // 2,) * 4, mode="replicate"), (1, k), 1), (k, 1), 1)
-        x = torch.lerp(x, soft, ((outside - start) / .06).clamp(0, 1))
+        x = torch.lerp(x, soft, ((outside - start) / .03).clamp(0, 1))
     return x
 
 # %% ../nbs/13_photos.ipynb #27043ec6

@@ -218,13 +218,16 @@ class Worker:
         "All together; where that fails, one by one, so that nobody's loss becomes another's"
         G, job, start = self.generator, self.job, time.perf_counter()
         target = torch.cat([resize(seen[it.index][0], G.resolution) for it in items]).to(G.w_avg.device)
+        failed = why = None
         try:
             inv = METHODS[job.method](target, G, job.config, psi=self.psi, phi=self.phi)
             if len(items) > 1 and inv.report.get("trouble"): raise DivergedError(inv.report["trouble"], None)
         except FAILURES as e:
             self.check_device(e)
-            if len(items) == 1: return {items[0].index: failed_row(items[0], e)}
-            notes.append(f"{len(items)} images together: {' '.join(str(e).split())[:200]}; they are inverted one by one")
+            failed, why = failed_row(items[0], e), " ".join(str(e).split())[:200] # text alone: what its frames hold of the device's memory is gone before the next try
+        if failed and len(items) == 1: return {items[0].index: failed}
+        if failed:
+            notes.append(f"{len(items)} images together: {why}; they are inverted one by one")
             return {k: r for it in items for k, r in self.attempt([it], seen, notes).items()}
         return self.results(items, seen, inv, target, (time.perf_counter() - start) / len(items), notes)
 

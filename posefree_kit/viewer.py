@@ -668,13 +668,13 @@ def finite(x): # JSON knows neither NaN nor infinity
     return None if isinstance(x, float) and not math.isfinite(x) else x
 
 def full_report(name:str, image, inversion, judge=None, lpips=None) -> dict: # image (1, 3, R, R); judge: an identity network that the loss did not use; lpips: if at hand
-    "Everything that report.json holds; of a hand-driven run also `hand`: its plan, and each change with its step"
+    "Everything that report.json holds; of a hand-driven run also `hand`: its plan, and each change with its step; where a loss stopped being finite, `trouble` says which"
     from posefree_kit.evaluation import Judges, image_metrics
     view = inversion.view
     measured = {k: v[0] for k, v in image_metrics(view.rgb, resize(image.to(view.rgb), view.rgb.shape[-1]), Judges(judge, None, lpips)).items()}
     measured |= dict(depth_std=round(float(depth_std(view.depth, view.weight)[0]), 5))
     report = dict(inversion.report, image=name, pose=inversion.report["pose"][0], backends=inversion.report["backends"] | backends(judge=judge, lpips=lpips), metrics={k: measured.get(k) for k in METRICS})
-    return finite({k: report[k] for k in FIELDS} | {k: report[k] for k in ("hand",) if k in report})
+    return finite({k: report[k] for k in FIELDS} | {k: report[k] for k in ("hand", "trouble") if k in report})
 
 def lpips_alex(device): # or None
     "LPIPS as it is used for evaluation, where its weights are on disk"
@@ -689,6 +689,7 @@ def write_results(
     folder, # is made if it is not there
     judge=None, lpips=None, # as for `full_report`
     aligned:dict|None=None, # what is known of the alignment; the aligned picture is written too
+    asked:dict|None=None, # JSON values: how the image was asked for, beside the configuration; goes into the latent's metadata
     solid:bool=True, film:bool=True, # write mesh.glb, turntable.mp4
     note=print, # called with a line where something is missing
 ) -> dict: # the report
@@ -704,7 +705,7 @@ def write_results(
     except InputError as e: note(f"{name}: {e}; no mesh.glb")
     else:
         if info and not info.watertight: note(f"{name}: the mesh is not closed")
-    save_latent(inversion, config, folder/"latent.safetensors", image=name, aligned=aligned)
+    save_latent(inversion, config, folder/"latent.safetensors", image=name, aligned=aligned, asked=asked)
     save_json(report, folder/"report.json")
     return report
 

@@ -197,6 +197,14 @@ def test_an_interrupted_training_goes_on_exactly(G, pictures, tmp_path):
     with pytest.raises(InputError, match="at least 8"): train_latent_encoder(G, pictures[:6], tmp_path/"d", steps=1, training=QUICK, **frozen)
 
 
+def test_a_run_goes_on_only_with_what_it_began_with(G, pictures, tmp_path):
+    def stop(step, parts):
+        if step == 2: raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): train_latent_encoder(G, pictures, tmp_path/"b", steps=6, training=QUICK, callback=stop, **frozen)
+    for changes, what in ((dict(images=pictures.flip(0)), "images"), (dict(training=dataclasses.replace(QUICK, seed=9)), "training")):
+        with pytest.raises(InputError, match=f"resume: expected the {what} that"): train_latent_encoder(**dict(dict(generator=G, images=pictures, out=tmp_path/"b", steps=6, training=QUICK, resume=True, **frozen), **changes))
+
+
 def test_an_encoder_belongs_to_its_generator(G, tmp_path):
     H, other = (load_generator(save_checkpoint(tmp_path/n, G, half=h), "cpu") for n, h in (("one", True), ("two", False)))
     save_latent_encoder(fresh_encoder(H), tmp_path/"e.safetensors", H)

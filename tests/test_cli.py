@@ -1,4 +1,5 @@
 "The command line: every file of an inversion, and every way in which a call can be wrong, by its one-line error and exit code."
+import dataclasses
 import functools
 import json
 import os
@@ -110,6 +111,28 @@ def test_results_are_not_lost_by_accident(home, tmp_path):
     error(invert(home, home/"a.png", out=tmp_path, extra=(*LIGHT, "--resume", "--overwrite")), "got both")
     assert invert(home, home/"a.png", out=tmp_path, extra=(*LIGHT, "--overwrite"))[0] == 0 and (tmp_path/"a"/"report.json").stat().st_mtime_ns > before
 
+def test_resume_knows_its_own_results_whatever_the_method(home, tmp_path):
+    "pti finds its code in the space w, and may stop early: neither is another setting"
+    assert invert(home, home/"a.png", out=tmp_path, extra=(*LIGHT, "--method", "pti"))[0] == 0
+    code, said, _ = invert(home, home/"a.png", out=tmp_path, extra=(*LIGHT, "--method", "pti", "--resume"))
+    assert code == 0 and "skipped" in said
+    error(invert(home, home/"a.png", out=tmp_path, extra=(*LIGHT, "--method", "spi", "--resume")), "some made with method pti")
+    (tmp_path/"a"/"latent.safetensors").write_bytes(b"cut")                        # a report without its latent is no result
+    code, said, _ = invert(home, home/"a.png", out=tmp_path, extra=(*LIGHT, "--method", "pti", "--resume"))
+    assert code == 0 and "skipped" not in said and viewer.load_latent(tmp_path/"a"/"latent.safetensors")
+
+def test_resume_takes_nothing_made_otherwise_for_its_own(home, tmp_path):
+    job = lambda **changes: types.SimpleNamespace(**dict(resume=True, generator=load_generator(home/"small.safetensors", "cpu"), method="latent", config=optimiser.with_steps(optimiser.quick(candidates=16, starts=2, start_steps=1), 2), asked=dict(align=False, background=None, framing=None, encoder=None)) | changes)
+    assert invert(home, home/"a.png", out=tmp_path, extra=LIGHT)[0] == 0
+    assert cli.skip(tmp_path/"a", job())["image"].endswith("a.png")
+    for changes, said in ((dict(config=dataclasses.replace(job().config, perceptual="lpips-alex")), "perceptual portrait"), (dict(asked=job().asked | dict(align=True, background="plain")), "align False, background None"),
+                          (dict(config=optimiser.with_steps(job().config, 3)), "steps 2"), (dict(asked=job().asked | dict(encoder="ab")), "encoder None")):
+        with pytest.raises(InputError, match=said): cli.skip(tmp_path/"a", job(**changes))
+
+def test_what_has_no_pose_takes_none(home, tmp_path):
+    invert(home, home/"a.png", out=tmp_path, extra=LIGHT)
+    for name in ("x.mp4", "x.glb"): error(posefree("render", tmp_path/"a"/"latent.safetensors", "--out", tmp_path/name, "--yaw-deg", 10), "expected --yaw-deg and --pitch-deg with pictures")
+
 def test_resume_does_what_is_not_complete(home, tmp_path):
     invert(home, home/"a.png", out=tmp_path, extra=LIGHT)
     (tmp_path/"a"/"report.json").write_text('{"image": ')
@@ -155,7 +178,7 @@ def test_one_name_twice_is_told(home, tmp_path):
 @pytest.mark.parametrize("args, text", [
     (("--steps", 0), "expected at least 1 step, got 0"), (("--steps", -3), "at least 1 step"), (("--preset", "slow"), "expected a preset among quick, paper; got 'slow'"),
     (("--space", "z"), "got 'z'"), (("--method", "guess"), "expected a method among latent, pose_opt, pti, spi, encoder, encoder+latent; got 'guess'"), (("--encoder", "x.safetensors"), "got it with latent"), (("--generator", "nobody"), "expected a generator"), (("--device", "cuda:7"), "expected a device"), (("--device", "toaster"), "expected a device"),
-    (("--perceptual", "nothing"), "nothing"), (("--identity", "nothing"), "nothing"), (("--background", "blue", "--align"), "keep or plain"), (("--resume", "--overwrite"), "got both")], ids=lambda v: " ".join(map(str, v)) if isinstance(v, tuple) else "")
+    (("--perceptual", "nothing"), "nothing"), (("--identity", "nothing"), "nothing"), (("--background", "blue", "--align"), "keep or plain"), (("--resume", "--overwrite"), "got both"), (("--framing", "square"), "auto, portraits, ffhq"), (("--seed", 10 ** 15), "seed")], ids=lambda v: " ".join(map(str, v)) if isinstance(v, tuple) else "")
 def test_wrong_options_stop_the_call(home, tmp_path, args, text):
     error(posefree("invert", home/"a.png", "--out", tmp_path/"o", *(() if "--generator" in args else ("--generator", home/"small.safetensors")), "--no-progress", *args), text)
     assert not list((tmp_path/"o").glob("*"))
@@ -286,6 +309,8 @@ def test_train_with_a_discriminator_that_is_not_told_the_pose(tmp_path):
     card = json.loads((tmp_path/"r"/"generator.json").read_text())
     assert card["discriminator"]["pose_conditioned"] is False and load_generator(tmp_path/"r"/"generator.safetensors", "cpu").read_pose(torch.zeros(1, 3, 16, 16)).stack().shape == (1, 2)
     assert train(tmp_path/"r", "--kimg", .016, "--resume")[0] == 0                 # the same command goes on
+    error(train(tmp_path/"r", "--kimg", 1, "--resume", "--seed", 9), "settings that the run", "--seed 9")
+    error(posefree("train", "--out", tmp_path/"r", "--kimg", 1, "--resume", "--start", "portraits"), "alone, got --start too")
     error(train(tmp_path/"s", "--kimg", 1, "--start", tmp_path/"r"/"generator.safetensors"), "--start", "from nothing")
     assert posefree("train", "--out", tmp_path/"t", "--device", "cpu", "--no-progress", "--portraits", 12, "--batch", 8, "--kimg", .008, "--size", 16)[0] == 0
     error(train(tmp_path/"t", "--kimg", 1, "--resume"), "--no-pose-conditioned", "began with it")

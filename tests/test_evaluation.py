@@ -14,7 +14,7 @@ from posefree_kit.camera import FOCAL, Pose
 from posefree_kit.checkpoints import save_checkpoint
 from posefree_kit.core import InputError, load_image, rng, save_image, save_json
 from posefree_kit.discriminator import Discriminator, DiscriminatorConfig
-from posefree_kit.evaluation import ABLATIONS, MEASURES, OFFSETS, SELF, SETS, Answer, Busy, Judges, RowFile, answer, attempt, benchmark, differences, evaluate, image_metrics, in_sight, interval, means, named, \
+from posefree_kit.evaluation import ABLATIONS, MEASURES, OFFSETS, SELF, SETS, Answer, Busy, Judges, RowFile, answer, attempt, benchmark, differences, evaluate, image_metrics, in_sight, interval, label, means, named, \
     normal_error, one_of, own_truth, paired, portrait_truth, pose_errors, protocol, read_rows, read_views, report, resolve, score, score_views, set_seeds, shown, table, verdict, write_views
 from posefree_kit.generator import GeneratorConfig
 from posefree_kit.optimiser import DivergedError, Inversion, quick
@@ -196,6 +196,30 @@ def test_failures_are_counted_and_cost_nobody_else(G):
     def bug(*_): raise TypeError("a bug")
     with pytest.raises(TypeError): evaluate(bug, SELF, G, SHORT, n=1, progress=False)
 
+def test_one_images_trouble_is_nobody_elses(G):
+    sizes = []
+    def method(image, generator, config, callback=None):
+        sizes.append(len(image)); inv = mean_face(image, generator, config, callback)
+        return dataclasses.replace(inv, report=inv.report | dict(trouble="rec is not finite")) if len(image) > 1 or len(sizes) == 3 else inv
+    rows = evaluate(method, SELF, G, SHORT, n=2, batch=2, progress=False)
+    assert sizes == [2, 1, 1] and ["trouble" in r for r in rows] == [False, True] and all(r["psnr"] for r in rows)
+
+def test_a_failed_batch_leaves_nothing_in_memory(G):
+    import gc, weakref
+    class Big: pass
+    held, alive = [], []
+    def method(image, generator, config, callback=None):
+        big = Big()
+        if len(image) > 1: held.append(weakref.ref(big)); raise RuntimeError("out of memory")
+        gc.collect(); alive.append(held[0]() is not None)
+        return mean_face(image, generator, config, callback)
+    assert len(evaluate(method, SELF, G, SHORT, n=2, batch=2, progress=False)) == 2 and alive == [False, False]
+
+@pytest.mark.parametrize("size", (16, 43, 44, 64, 87, 88, 96, 98, 99, 175, 176, 256))
+def test_every_size_has_scales(size):
+    x = torch.rand(1, 3, size, size, generator=rng(0)) * 2 - 1
+    assert image_metrics(x, x, Judges())["ms_ssim"] == [1.]
+
 def test_images_of_which_nothing_is_known(G):
     rows = evaluate(mean_face, G.sample(2, seed=3)[1].rgb, G, SHORT, progress=False)
     assert [r["image"] for r in rows] == [0, 1] and rows[0]["psnr"] > 0 and "depth_corr" not in rows[0] and rows[0]["set"] == "images"
@@ -224,6 +248,22 @@ def test_paired_differences_pair():
     d = paired(rows("a", {1: 10., 2: 20., 3: None}), rows("b", {1: 9., 2: 18., 3: 5., 4: 50.}), "psnr")
     assert d["n"] == 2 and d["mean"] == 1.5 and 1 <= d["low"] <= 1.5 <= d["high"] <= 2
     assert "|s|b|2|-1.50 [-2.00, -1.00]|" in differences(rows("latent", {1: 10., 2: 20.}) + rows("b", {1: 9., 2: 18.}), ("psnr",))
+
+def test_what_does_not_belong_together_is_not_subtracted():
+    rows = lambda method, value, **of: [dict(set="s", image=i, method=method, ablation="full", psnr=value + i) | of for i in (1, 2)]
+    one, other = dict(seed=0, config="c0"), dict(seed=1, config="c1")
+    text = differences(rows("latent", 10., **one) + rows("latent", 50., **other) + rows("pti", 12., **one), ("psnr",))
+    assert text.count("pti") == 1 and "|s|pti|2|+2.00 [+2.00, +2.00]|" in text
+    text = differences(rows("latent", 10., config="c0") + rows("latent", 50., config="c1") + rows("pti", 12., config="c0"), ("psnr",))
+    assert "pti (configuration c0, minus c0)|2|+2.00" in text and "pti (configuration c0, minus c1)|2|-38.0" in text
+    with pytest.raises(InputError, match="once on either side"): paired(rows("a", 1.) + rows("a", 2.), rows("b", 3.), "psnr")
+    assert label(dict(method="latent", seed=7)) == "latent, seed 7" and label(dict(method="latent", seed=0, ablation="no_mv")) == "latent, no_mv"
+
+def test_one_method_under_two_names_counts_once(G, tmp_path):
+    a = benchmark(G, tmp_path, ("latent", "latent:w+"), ("self",), config=SHORT, n=2, progress=False)
+    assert len(a) == 2 and {r["method"] for r in a} == {"latent"}
+    b = benchmark(G, tmp_path, ("latent:w+",), ("self",), config=SHORT, n=2, progress=False)
+    assert len(b) == 2 and means(b)[0]["n"] == 2
 
 def test_a_method_has_one_name_however_its_space_was_asked_for():
     assert [named(dict(method=m, space=s)) for m, s in (("latent", "w+"), ("latent:w+", "w+"), ("latent", "w"), ("latent:w", "w"), ("encoder+latent", "w+"))] == ["latent", "latent", "latent:w", "latent:w", "encoder+latent"]
@@ -259,6 +299,14 @@ def test_the_truths_own_files_are_perfect_and_shifted_ones_are_not(views, tmp_pa
     assert read_rows(tmp_path/"out"/"rows") == rows == score_views(folder, out=tmp_path/"out", resume=True)
     for f in folder.glob("*/view_*.png"): save_image(load_image(f).roll(2, -1), f)
     for a, b in zip(rows, score_views(folder)): assert b["psnr"] < a["psnr"] - 15 and b["novel_psnr"] < a["novel_psnr"] - 15 and b["pdist"] > a["pdist"] and b["depth_corr"] == a["depth_corr"]
+
+def test_scores_of_other_files_are_not_taken_over(views, G, tmp_path):
+    v, folder = views
+    save_json(v | dict(images=v["images"][:1]), folder/"views.json"); score_views(folder, out=tmp_path/"out")
+    save_json(v, folder/"views.json")                                              # the list was mended
+    with pytest.raises(InputError, match="delete that file"): score_views(folder, out=tmp_path/"out", resume=True)
+    evaluate(mean_face, G.sample(2, seed=3)[1].rgb, G, SHORT, out=tmp_path/"r.jsonl", progress=False)
+    with pytest.raises(InputError, match="expected rows of"): evaluate(mean_face, G.sample(2, seed=4)[1].rgb, G, SHORT, out=tmp_path/"r.jsonl", resume=True, progress=False)
 
 def test_what_is_missing_is_a_failure_and_what_is_left_out_is_not_scored(views):
     v, folder = views

@@ -10,7 +10,7 @@ from posefree_kit.core import InputError, config_to_dict, sha256
 from posefree_kit.discriminator import Discriminator, DiscriminatorConfig
 from posefree_kit.features import Sight, load_identity, load_perceptual
 from posefree_kit.generator import GeneratorConfig
-from posefree_kit.optimiser import DivergedError, Networks, Stage, candidates, constant, invert, objective, paper, quick, ramp, with_steps
+from posefree_kit.optimiser import DivergedError, InvertState, Networks, Stage, candidates, constant, invert, objective, paper, quick, ramp, view_offsets, with_steps
 from posefree_kit.pose import PoseFreeGenerator
 
 
@@ -222,3 +222,18 @@ def test_a_sight_asks_networks_of_others_as_they_are():
     x, target = torch.rand(1, 3, 8, 8), torch.rand(1, 3, 16, 16)
     sight = Sight(Pixels, Pixels, target)
     assert torch.equal(sight.distance(x, sight.target(8)), Pixels.distance(x, sight.target(8))) and torch.equal(sight.embed(x), Pixels.embed(x)) and not sight.kept
+
+
+def test_deltas_move_in_stages_that_allow_them_and_in_no_other(G):
+    target = G.sample(1, seed=2)[1].rgb
+    after = {}
+    def see(step): after[step.step] = None if step.state.d is None else step.state.d.clone()
+    invert(target, G, quick(stages=(Stage(2, 1, .05, True), Stage(2, 1, .05, False)), starts=1, candidates=8, start_steps=0), see, psi=Pixels, phi=Pixels)
+    assert after[1].abs().max() > 0 and torch.equal(after[1], after[2]) and torch.equal(after[2], after[3])
+    with pytest.raises(InputError, match="without deltas"): invert(target, G, quick(space="w", stages=(Stage(1, 1, .05, True),)), state=InvertState(G.w_avg[None], torch.zeros(1, G.num_ws, G.config.w_dim)), psi=Pixels, phi=Pixels)
+
+
+@pytest.mark.parametrize("every", (1, 4, 8))
+def test_offsets_look_along_both_diagonals(every):
+    signs = {float(p.yaw[0] * p.pitch[0]) > 0 for step in range(0, 64, every) for p in [view_offsets(quick(mv_every=every), step)]}
+    assert signs == {True, False}

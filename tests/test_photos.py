@@ -122,3 +122,17 @@ def test_a_frame_is_measured_from_pictures():
         if base is similarity: assert abs(factor - 1) < .08 and shift.abs().max() < .05  # our own recipe needs little
         else: assert abs(factor - 1) > .08                                       # FFHQ's is another frame
     with pytest.raises(InputError, match="4 at least, got 0"): measured_framing(torch.rand(4, 3, 64, 64) * .1)
+
+
+@pytest.mark.parametrize("size", ((100, 100), (100, 200), (200, 100)))
+def test_what_lies_beyond_the_edge_is_softened_by_its_distance_whatever_the_format(size):
+    "Half of the crop hangs over the right rim, or the lower one: the same picture, turned"
+    h, w = size
+    image = torch.rand(1, 1, 100, 100, generator=torch.Generator().manual_seed(0)).expand(1, 3, 100, 100) * 2 - 1
+    whole = torch.zeros(1, 3, h, w); whole[..., -100:, -100:] = image
+    right, lower = (cut_out(x, torch.tensor(c), 64., 0., 32)[0] for x, c in ((whole, [w - .5, h - 50.5]), (whole[..., -100:, -100:].transpose(-1, -2), [49.5, 99.5])))
+    assert torch.allclose(right, lower.transpose(-1, -2), atol=1e-5)
+
+
+def test_a_strip_that_holds_no_face_is_refused():
+    with pytest.raises(InputError, match="could hold a face"): find_faces(torch.zeros(1, 3, 200, 16000))
