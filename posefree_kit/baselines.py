@@ -60,7 +60,7 @@ class Tuning:
     rate:float = 3e-4 # Adam's rate, constant
     l2:float = 1. # weight of the squared difference
     perceptual_weight:float = 1. # weight of the perceptual distance
-    stop:float = .06 # an image's tuning ends once its perceptual distance is under this
+    stop:float = .06 # an image's tuning ends once its perceptual distance is under this (published for LPIPS; the kit's own network says it of nearly every pivot)
     anchor:float = 1. # SPI: weight of the depth's distance to the untuned generator's (ours)
     pseudo:float = .5 # SPI: weight of the pseudo views (ours)
 

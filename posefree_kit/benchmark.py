@@ -173,7 +173,7 @@ def speed_markdown(r:dict) -> str: # r: what `speed` gives
     "The report to read"
     number = lambda x, form, least=0.: "-" if x is None or x < least else format(x, form)
     g, f = r["generator"], r["floor"]
-    lines = [f"Generator {g['name']} {g['sha256']}, {g['resolution']} x {g['resolution']}, {g['parameters'] / 1e6:.2f} M parameters; {r['device']} ({r['where']}), {r['threads']} thread(s); medians of {r['rounds']} rounds in turns, {r['clock']}; "
+    lines = [f"Generator {' '.join(filter(None, (g['name'], g['sha256'])))}, {g['resolution']} x {g['resolution']}, {g['parameters'] / 1e6:.2f} M parameters; {r['device']} ({r['where']}), {r['threads']} thread(s); medians of {r['rounds']} rounds in turns, {r['clock']}; "
              f"{'compiled' if r['compiled'] else 'plain'} march; " + ", ".join(f"{k} {v}" for k, v in r["versions"].items()), "",
              f"The floor, measured in the same run: {f['gflop_per_second']:.0f} GFLOP/s in matrix products, {f['gb_per_second']:.1f} GB/s copied.", "",
              "| part | makes | seconds | plain, seconds | plain / kit | GFLOP | share of the floor |", "|-|-|-:|-:|-:|-:|-:|"]

@@ -36,7 +36,9 @@ def save_checkpoint(
     half:bool|None=None, # half precision; default: yes, but an imported generator is kept exactly
 ) -> Path:
     "Write weights (half precision, unless told otherwise) and card, each whole"
-    path = Path(path).with_suffix(".safetensors")
+    path = Path(path)
+    if path.suffix != ".safetensors": path = path.with_name(f"{path.name}.safetensors") # run-0.5 keeps its name
+    if getattr(discriminator, "old_rgb", None) is not None and discriminator.fade < 1: raise InputError(f"save_checkpoint: expected a discriminator whose new layer is fully in, got one at {discriminator.fade:.0%}: it would read poses by a half-trained way; train it further, or save the generator alone")
     state = {f"G.{k}": v for k, v in generator.state_dict().items()}
     if discriminator is not None: state |= {f"D.{k}": v for k, v in discriminator.state_dict().items() if not k.startswith("old_rgb")}
     info = dict(format=FORMAT, generator=config_to_dict(generator.config), discriminator=config_to_dict(discriminator.config) if discriminator is not None else None,
@@ -160,15 +162,22 @@ def _once(f, size:int): # what is unpacked lies in the file of that size, once
         return f(data, *args)
     return call
 
+def _bounded(kind, room:list): # a container that may be made from others, as long as all of them together hold no more than there is room for
+    def made(self, *args):
+        room[0] -= 1 + sum(len(x) for x in args if hasattr(x, "__len__"))
+        if room[0] < 0: raise InputError("snapshot: expected containers of at most 1,000,000 items in all, got more: refused")
+        kind.__init__(self, *args)
+    return type(kind.__name__, (kind,), dict(__slots__=(), __init__=made))
+
 class SnapshotReader(pickle._Unpickler):
     "Follows a pickle without importing or running anything that it names, in bounded memory: Python's plain reader, since the fast one makes room for whatever index a file names"
     KNOWN = ("torch.nn.", "training.", "torch_utils.", "dnnlib.", "neural_renderer.")
     def __init__(self, file, size:int): # size: of the file, bytes
         super().__init__(_Bytes(file, size))
         self.dispatch = _Counted(pickle._Unpickler.dispatch) # type: ignore[misc] # a table of one's own: the class's stays as it is
-        easy, dtype = dict, _inert("dtype", lambda args: dict(code=args[0] if args else None))
-        self.names = {"torch_utils.persistence._reconstruct_persistent_obj": _only(_persistent), "dnnlib.util.EasyDict": easy, "collections.OrderedDict": collections.OrderedDict,
-                      "builtins.set": set, "__builtin__.set": set, "torch._utils._rebuild_parameter": _only(_parameter), "torch._utils._rebuild_tensor_v2": _only(_tensor),
+        room, dtype = [_Counted.left], _inert("dtype", lambda args: dict(code=args[0] if args else None))
+        self.names = {"torch_utils.persistence._reconstruct_persistent_obj": _only(_persistent), "dnnlib.util.EasyDict": _bounded(dict, room), "collections.OrderedDict": _bounded(collections.OrderedDict, room),
+                      "builtins.set": _bounded(set, room), "__builtin__.set": _bounded(set, room), "torch._utils._rebuild_parameter": _only(_parameter), "torch._utils._rebuild_tensor_v2": _only(_tensor),
                       "torch.storage._load_from_bytes": _only(_once(_storage, size)), "numpy.dtype": dtype, "numpy.core.multiarray.scalar": _only(_scalar), "numpy._core.multiarray.scalar": _only(_scalar),
                       "_codecs.encode": _only(_once(_encode, size))}
         def build(reader): # only inert objects take a state; what a container is given beside its content is dropped
@@ -200,8 +209,9 @@ def read_snapshot(path) -> dict: # usually with G, D and G_ema
 def module_state(module, seen:list|None=None, depth:int=0) -> dict: # official name -> tensor; seen: how many modules so far
     "The tensors of an inert module by the names that its own state dict would give them"
     seen, state = [0] if seen is None else seen, module.get("state") if isinstance(module, dict) else None
-    seen[0] += 1
-    if not isinstance(state, dict) or depth > 32 or seen[0] > 10_000: raise InputError(f"snapshot: expected a network, got {type(module).__name__}" if seen[0] <= 10_000 else "snapshot: expected at most 10,000 modules, got more")
+    many = lambda n: isinstance(n, dict) and len(n) or 0
+    seen[0] += 1 + (many(state.get("_parameters")) + many(state.get("_buffers")) if isinstance(state, dict) else 0)
+    if not isinstance(state, dict) or depth > 32 or seen[0] > 10_000: raise InputError(f"snapshot: expected a network, got {type(module).__name__}" if seen[0] <= 10_000 else "snapshot: expected at most 10,000 modules and tensors, got more")
     part = lambda name: {} if state.get(name) is None else dict(state[name])
     out, hidden = {}, state.get("_non_persistent_buffers_set") or ()
     for kind in ("_parameters", "_buffers"): out |= {k: v.detach() for k, v in part(kind).items() if v is not None and not (kind == "_buffers" and k in hidden)}

@@ -339,7 +339,7 @@ def scale(
     cores:Annotated[int, typer.Option(help="CPU cores of a worker. On a machine with GPUs each worker has one as well.")]=2,
     address:Annotated[Optional[str], typer.Option(help="A running Ray cluster: auto, or HOST:PORT [default: this machine alone].", show_default=False)]=None,
     local:Annotated[bool, typer.Option("--local", help="One worker in this process, without Ray.")]=False,
-    retries:Annotated[int, typer.Option(help="Workers that a batch may cost; after that its images go alone, and one that costs another is a row with an error.")]=2,
+    retries:Annotated[int, typer.Option(help="How often a batch is tried again after a worker died with it; then its images go alone, and one that costs another worker is a row with an error.")]=2,
     resume:Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")]=False,
     preset:Annotated[str, typer.Option(help="As for posefree invert.")]="quick",
     space:Annotated[str, typer.Option(help="w or w+.")]="w+",
@@ -486,11 +486,13 @@ def train(
     pictures = training_images(images, n, size, where, progress)
     easy = training_images(None, plain, size, where, progress, plain=True) if plain else None
     diverged = None
-    try: s = fit(pictures, writable(out), **(dict(generator=g, discriminator=d) if g else {}), config=state.config if state else config, minutes=minutes, kimg=kimg, resume=resume, start=state, device=where, easy=easy, compiled=compiled, watch=watch_poses(size) if watch else None, progress=progress)
+    try: s = fit(pictures, writable(out), **(dict(generator=g, discriminator=d) if g else {}), config=None if resume else state.config if state else config, minutes=minutes, kimg=kimg, resume=resume, start=state, device=where, easy=easy, compiled=compiled, watch=watch_poses(size) if watch else None, progress=progress)
     except DivergedError as e: s, diverged = e.state, e # what there is becomes a generator all the same
     if not share.main: return s # one process writes
     card = dict(made_with="posefree train", kimg=round(s.kimg, 3), data=str(images.name) if images else f"{n} simulated portraits, seeds 0 to {n - 1}", images=len(pictures), plain_images=plain, seed=s.config.seed, device=str(where), training=config_to_dict(s.config), **(dict(started_from=read_json(origin)) if origin.exists() else {}))
-    path = save_checkpoint(Path(out)/"generator.safetensors", s.ema, s.d_ema, card)
+    fading = s.d_ema.old_rgb is not None and s.d_ema.fade < 1
+    if fading: say(f"note: the discriminator's new layer is {s.d_ema.fade:.0%} in (fully after {s.config.fade_kimg:g} kimg): until then the generator is saved without it, and inversion begins without a reading of the pose", err=True)
+    path = save_checkpoint(Path(out)/"generator.safetensors", s.ema, None if fading else s.d_ema, card)
     if s.E is not None:
         from posefree_kit.baselines import save_latent_encoder
         save_latent_encoder(s.e_ema, Path(out)/"latent_encoder.safetensors", load_generator(str(path), "cpu"), **card)
@@ -506,6 +508,7 @@ def grown(run, size:int, config, device): # -> TrainState
     path = Path(run)/STATE if Path(run).is_dir() else Path(run)
     if not path.is_file(): raise InputError(f"expected the folder of a run, got {str(run)!r} without {STATE}")
     small = load_state(path, device)
+    if size not in (32, 2 * small.G.resolution): raise InputError(f"expected --size {2 * small.G.resolution}, twice the size of the run, or none; got {size}")
     if 2 * small.G.resolution > 128: raise InputError(f"expected a run of at most 64 pixels to grow, got {small.G.resolution}")
     extra = {32: (32, 24), 64: (24, 16), 128: (16, 12)}[2 * small.G.resolution]
     gamma = .05 * (small.G.resolution / 16) ** 2

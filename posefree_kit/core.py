@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['GLOSSARY', 'MAX_SIDE', 'MAX_PIXELS', 'MANY_PIXELS', 'FORMATS', 'Net', 'InputError', 'DivergedError', 'expect_fail',
            'check_shape', 'resolve_device', 'rng', 'seed_everything', 'Part', 'batch_rand', 'image_to_tensor',
-           'tensor_to_image', 'load_image', 'readable', 'resize', 'image_grid', 'sha256', 'whole_file', 'finish_steps',
-           'memory_advice', 'save_image', 'save_json', 'config_to_dict', 'config_hash', 'config_from_dict',
-           'check_range', 'parse_json', 'read_json', 'tensor_digest', 'tensor_bytes', 'save_tensors', 'open_tensors',
-           'load_tensors', 'Hollow', 'read_network', 'save_values', 'load_values', 'read_torch', 'Figures', 'record']
+           'tensor_to_image', 'load_image', 'readable', 'image_suffixes', 'resize', 'image_grid', 'sha256',
+           'whole_file', 'finish_steps', 'memory_advice', 'save_image', 'save_json', 'config_to_dict', 'config_hash',
+           'config_from_dict', 'check_range', 'parse_json', 'read_json', 'tensor_digest', 'tensor_bytes',
+           'save_tensors', 'open_tensors', 'load_tensors', 'Hollow', 'read_network', 'save_values', 'load_values',
+           'read_torch', 'Figures', 'record']
 
 # %% ../nbs/00_core.ipynb #09285743
 import contextlib, dataclasses, glob, hashlib, io, json, math, os, platform, random, signal, threading, types, typing, warnings, zipfile
@@ -170,6 +171,10 @@ def readable() -> list:
     "Those of `FORMATS` that this Pillow has"
     Image.init()
     return [f for f in FORMATS if f in Image.OPEN]
+
+def image_suffixes() -> set: # ".png" ...
+    "Suffixes of the files that are read"
+    return {s for s, f in Image.registered_extensions().items() if f in readable()}
 
 def _decode(img, path, max_pixels):
     w, h = img.size

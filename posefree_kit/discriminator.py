@@ -105,7 +105,7 @@ def grow_discriminator(small:Discriminator, channels:int) -> Discriminator: # ch
     "One resolution more in front, all else kept; at fade 0 it judges as the small one does"
     import dataclasses
     big = Discriminator(dataclasses.replace(small.config, channels=(channels,) + tuple(small.config.channels))).to(small.real.weight.device)
-    state = {k: v for k, v in small.state_dict().items() if not k.startswith(("from_rgb", "blocks"))}
+    state = {k: v for k, v in small.state_dict().items() if not k.startswith(("from_rgb", "blocks", "old_rgb"))}
     state |= {f"blocks.{int(k.split('.')[1]) + 1}." + k.split(".", 2)[2]: v for k, v in small.state_dict().items() if k.startswith("blocks")}
     own = {k: v for k, v in big.state_dict().items() if k.startswith(("from_rgb", "blocks.0."))}
     big.load_state_dict(state | own)

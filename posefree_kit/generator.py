@@ -222,6 +222,8 @@ class GeneratorConfig:
         if not all(c == () or len(c) == 2 and all(isinstance(x, (int, float)) for x in c) for c in self.pose_clamp): raise InputError(f"GeneratorConfig.pose_clamp: expected (lowest, highest) or () twice, got {self.pose_clamp}")
         if not 0 <= self.view_dim < min(self.z_dim, self.w_dim): raise InputError(f"GeneratorConfig.view_dim: expected 0 .. w_dim - 1, got {self.view_dim}")
         if self.background == "white" and self.march != "eg3d": raise InputError("GeneratorConfig: a white background is part of the march 'eg3d'")
+        if self.samples < 2: raise InputError(f"GeneratorConfig.samples: expected at least 2 along a ray, got {self.samples}")
+        if not self.mapping_layers and self.z_dim != self.w_dim: raise InputError(f"GeneratorConfig: without a mapping layer, expected z_dim == w_dim, got {self.z_dim} and {self.w_dim}")
         if self.view_dim and self.z_dim != self.w_dim: raise InputError("GeneratorConfig: a view part needs z_dim == w_dim")
 
     @property
@@ -499,7 +501,7 @@ class Generator(nn.Module):
         image = lambda x: x.mT.unflatten(-1, (size, size))
         features = image(values * 2 - 1)
         raw = features[:, :3]
-        rgb = raw if self.superres is None else self.superres(raw, features, w)
+        rgb = raw if self.superres is None else self.superres(raw, features, w, self.config.superres_noise)
         return View(rgb, raw, image(depth), image(weight))
 
     def view(self, ws:Tensor, pose:Pose, **kwargs) -> View:

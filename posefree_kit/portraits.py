@@ -644,8 +644,11 @@ def write_portraits(
 ) -> list: # the records in portraits.json: file, seed, size, yaw_deg, pitch_deg, changes, styles
     "Portraits as PNG files named by their seed, with their truth in one JSON file"
     records, changes = [], {k: v for k, v in options.items() if k not in ("poses", "device", "supersample")}
-    made, folder = portrait_batch(seeds, size, **options), Path(folder)
-    for i, seed in enumerate(_integers(seeds, "seeds").tolist()):
+    who, folder = _integers(seeds, "seeds").tolist(), Path(folder)
+    if len(set(who)) < len(who): raise InputError("write_portraits: expected each seed once, since files are named by it; got some twice")
+    changes = {k: v.tolist() if isinstance(v, Tensor) else v for k, v in changes.items()}
+    made = portrait_batch(seeds, size, **options)
+    for i, seed in enumerate(who):
         yaw_deg, pitch_deg = (round(v, 4) for v in made.pose[i].degrees()[0].tolist())
         save_image(made.image[i:i + 1].cpu(), folder / f"portrait_{seed}.png")
         records.append(dict(file=f"portrait_{seed}.png", seed=seed, size=size, yaw_deg=yaw_deg, pitch_deg=pitch_deg, changes=changes, styles={k: made.identity[k][i] for k in STYLES}))

@@ -60,7 +60,7 @@ class PoseFreeGenerator(Generator):
         out, spread = self.pose_learner.out, torch.deg2rad(torch.tensor(self.config.pose_start_deg, device=w.device))
         seen = self.pose_learner.hidden(w[..., -self.pose_learner.inputs:])
         centred = lambda: out(seen) - out(seen).mean(0)
-        for _ in range(8): out.weight.mul_((spread / (LIMIT * torch.tanh(centred() / LIMIT)).std(0))[:, None]) # a wider one is squeezed more
+        for _ in range(8): out.weight.mul_((spread / (LIMIT * torch.tanh(centred() / LIMIT)).std(0).clamp(min=1e-8))[:, None]) # a wider one is squeezed more
         out.bias.copy_(-(out(seen).mean(0) - out.bias * out.rate) / out.rate)
         self.w_avg.copy_(w.mean(0))
         return self

@@ -14,11 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable
 import torch
-from PIL import Image
 from torch import Tensor
 from .baselines import METHODS
 from .checkpoints import find_checkpoint, load_generator
-from .core import FORMATS, DivergedError, InputError, config_to_dict, load_image, read_json, readable, resize, resolve_device, save_json, sha256, whole_file
+from .core import DivergedError, InputError, config_to_dict, image_suffixes, load_image, read_json, resize, resolve_device, save_json, sha256, whole_file
 from .evaluation import FAILURES, Busy, check_judges, image_metrics, load_judges
 from .features import load_identity, load_perceptual
 from .losses import depth_std
@@ -90,8 +89,7 @@ def listing(source, out) -> Listing: # source: a folder, a .parquet file or a te
     path = Path(source)
     if path.is_dir():
         if Path(out).resolve().is_relative_to(path.resolve()): raise InputError(f"expected --out outside the input folder {str(path)!r}, got {str(out)!r}: its pictures would become input")
-        readable()
-        suffixes = {s for s, f in Image.registered_extensions().items() if f in FORMATS}
+        suffixes = image_suffixes()
         found = sorted(Path(d)/f for d, _, files in os.walk(path) for f in files if Path(f).suffix.lower() in suffixes and f[0] != ".")
         names, sources, more = [p.relative_to(path).as_posix() for p in found], [str(p.resolve()) for p in found], ""
     elif not path.is_file(): raise InputError(f"expected a folder, a .parquet file or a list of paths, got {str(path)!r}: no such file")
@@ -199,7 +197,7 @@ class Worker:
         "Read an item's image, from wherever it lies"
         if item.source is None: raise InputError("expected an image, got an empty cell")
         if isinstance(item.source, str): return self.job.read(item.source)
-        with tempfile.NamedTemporaryFile(suffix=Path(item.name).suffix) as f:
+        with tempfile.NamedTemporaryFile(suffix="".join(c for c in Path(item.name).suffix[:8] if c == "." or c.isalnum())) as f:
             f.write(item.source); f.flush()
             try: return self.job.read(f.name)
             except InputError as e: raise InputError(str(e).replace(f.name, item.name)) from e
@@ -222,6 +220,7 @@ class Worker:
         try:
             inv = METHODS[job.method](target, G, job.config, psi=self.psi, phi=self.phi)
             if len(items) > 1 and inv.report.get("trouble"): raise DivergedError(inv.report["trouble"], None)
+            figures = image_metrics(inv.view.rgb, target, self.judges) | dict(depth_std=[round(float(v), 5) for v in depth_std(inv.view.depth, inv.view.weight)])
         except FAILURES as e:
             self.check_device(e)
             failed, why = failed_row(items[0], e), " ".join(str(e).split())[:200] # text alone: what its frames hold of the device's memory is gone before the next try
@@ -229,11 +228,10 @@ class Worker:
         if failed:
             notes.append(f"{len(items)} images together: {why}; they are inverted one by one")
             return {k: r for it in items for k, r in self.attempt([it], seen, notes).items()}
-        return self.results(items, seen, inv, target, (time.perf_counter() - start) / len(items), notes)
+        return self.results(items, seen, inv, figures, (time.perf_counter() - start) / len(items), notes)
 
-    def results(self, items, seen, inv, target, seconds, notes) -> dict: # index -> row
+    def results(self, items, seen, inv, figures, seconds, notes) -> dict: # index -> row
         "Rows and files of a batch"
-        figures = image_metrics(inv.view.rgb, target, self.judges) | dict(depth_std=[round(float(v), 5) for v in depth_std(inv.view.depth, inv.view.weight)])
         rows, angles = {}, inv.pose.degrees().tolist()
         for i, it in enumerate(items):
             row = dict(index=it.index, image=it.name, folder=it.folder if self.job.write else "", error=None, trouble=inv.report.get("trouble"), yaw_deg=angles[i][0], pitch_deg=angles[i][1], seconds=seconds, w=inv.w[i].tolist(), deltas=inv.deltas[i].tolist())
@@ -285,7 +283,7 @@ def share(
     batches, # of `Batch`; the next is taken (and its images read) when a worker is free: never more in memory than there are workers
     crew, # hire() and give(worker, items) return a promise; wait(promises, seconds) -> [(promise, value or Lost)]; fire(worker)
     workers:int, # how many to hire; those for whom there is no room yet are waited for while others work
-    retries:int=2, # a batch may cost so many workers; then its images go alone, and one that costs another is a failed row
+    retries:int=2, # so many times a batch is tried again after a worker died with it; the next death lets its images go alone, and one that costs another worker is a failed row
     patience:float=600., # seconds to wait for a first worker while none is at work
     say=print,
 ): # yields (number, rows, notes) as batches end
@@ -313,7 +311,7 @@ def share(
             say(f"a worker died ({value}): its {len(b.items)} image{'s go' if len(b.items) > 1 else ' goes'} to another")
             crew.fire(worker); hired.add(crew.hire()); b.lost += 1
             if b.lost <= retries: again.append(b)
-            elif len(b.items) > 1: again.extend(whole.split(b, retries))
+            elif len(b.items) > 1: again.extend(whole.split(b, b.lost))
             else: yield from whole.add(b.number, [failed_row(b.items[0], f"expected a worker to live through it, got {b.lost} that died")], [])
 
 # %% ../nbs/17_scale.ipynb #17c04bc2
@@ -326,6 +324,9 @@ class RayCrew:
         if self.own: self.ray.init(address=address, log_to_driver=False, logging_level="ERROR", **({} if address else dict(include_dashboard=False)))
         there = self.ray.cluster_resources()
         gpus = 0 if job.device == "cpu" else int(there.get("GPU", 0))
+        if not gpus and job.device not in ("auto", "cpu"):
+            if self.own: self.ray.shutdown()
+            raise InputError(f"expected a cluster with GPUs for the device {job.device!r}, got one without: --device auto or cpu")
         self.gpu, self.room = gpus > 0, gpus or int(there.get("CPU", 0) // job.cores) # workers for whom there is room now
         self.job = job if gpus else dataclasses.replace(job, device="cpu")
         self.actor = self.ray.remote(Worker).options(num_cpus=job.cores, num_gpus=int(self.gpu), max_restarts=0, max_task_retries=0)

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from .camera import Pose, mirror
-from .core import DivergedError, Hollow, InputError, Part, batch_rand, check_range, check_shape, config_from_dict, config_to_dict, finish_steps, image_grid, load_image, load_values, memory_advice, parse_json, read_torch, resize, resolve_device, rng, save_image, save_values, whole_file
+from .core import DivergedError, Hollow, InputError, Part, batch_rand, check_range, check_shape, config_from_dict, config_to_dict, finish_steps, image_grid, image_suffixes, load_image, load_values, memory_advice, parse_json, read_torch, resize, resolve_device, rng, save_image, save_values, whole_file
 from .discriminator import Discriminator, DiscriminatorConfig, grow_discriminator
 from .generator import GeneratorConfig, Planes, View
 from .latent_encoder import LatentEncoder, LatentEncoderConfig, fresh_encoder
@@ -49,7 +49,7 @@ class UnposedImages:
         "Simulated portraits, seeds first .. first + n - 1: only their pictures are kept. `plain`: short hair, nothing worn or drawn, one light"
         from tqdm.auto import tqdm
         from posefree_kit.portraits import HELD_OUT, portrait_batch
-        if first < HELD_OUT < first + n: raise InputError(f"training portraits: expected seeds below {HELD_OUT:,}, got {first:,} .. {first + n - 1:,}")
+        if first + n > HELD_OUT: raise InputError(f"training portraits: expected seeds below {HELD_OUT:,}, got {first:,} .. {first + n - 1:,}")
         chunks = [torch.arange(i, min(i + batch, first + n)) for i in range(first, first + n, batch)]
         images = [((portrait_batch(s, size, device=device, **(PLAIN if plain else {})).image + 1) * 127.5).round().clamp(0, 255).byte().cpu() for s in tqdm(chunks, disable=not progress, desc="portraits")]
         return cls(torch.cat(images), **kwargs)
@@ -57,10 +57,19 @@ class UnposedImages:
     @classmethod
     def folder(cls, path, size:int, **kwargs): # image files, or .npy files of (N, 3, R, R) uint8
         "The images of a folder, made `size` x `size`; unreadable files are an error, not a gap"
-        files = sorted(p for p in Path(path).glob("*") if p.suffix.lower() in (".npy", ".png", ".jpg", ".jpeg", ".webp", ".bmp"))
+        files = sorted(p for p in Path(path).glob("*") if p.suffix.lower() in {".npy", *image_suffixes()})
         if not files: raise InputError(f"expected a folder with images, got {str(path)!r}, which holds none")
         bytes_ = lambda x: ((resize(x, size) + 1) * 127.5).round().clamp(0, 255).byte()
-        read = lambda p: torch.cat([bytes_(c.float() / 127.5 - 1) for c in torch.from_numpy(np.load(p)).split(500)]) if p.suffix == ".npy" else bytes_(load_image(p))
+        def stack(p): # of a .npy file
+            try: x = np.load(p)
+            except (OSError, ValueError, EOFError) as e: raise InputError(f"expected images of (N, 3, R, R) uint8 in {p.name!r}, got: {e}") from e
+            if x.dtype != np.uint8 or x.ndim != 4 or x.shape[1] != 3: raise InputError(f"expected images of (N, 3, R, R) uint8 in {p.name!r}, got {x.shape} {x.dtype}")
+            return torch.cat([bytes_(c.float() / 127.5 - 1) for c in torch.from_numpy(x).split(500)])
+        def single(p):
+            x = load_image(p)
+            if x.shape[-1] != x.shape[-2]: raise InputError(f"expected square images to train on, got {p.name!r} of {x.shape[-1]} x {x.shape[-2]} pixels: cut the faces out first (chapter 13)")
+            return bytes_(x)
+        read = lambda p: stack(p) if p.suffix.lower() == ".npy" else single(p)
         return cls(torch.cat([read(p) for p in files]), **kwargs)
 
 # %% ../nbs/08_training.ipynb #24f6a364
@@ -442,7 +451,7 @@ def train_step(s:TrainState, images:UnposedImages, easy:UnposedImages|None=None)
     ema_step(s, fakes.w)
     s.seen += c.batch
     own = torch.rad2deg(s.share.gather(fakes.own.stack().detach()))
-    return parts | dict(yaw_sd_deg=float(own[:, 0].std()), yaw_mean_deg=float(own[:, 0].mean()), pitch_sd_deg=float(own[:, 1].std()))
+    return parts | dict(yaw_sd_deg=float(own[:, 0].std(correction=min(1, len(own) - 1))), yaw_mean_deg=float(own[:, 0].mean()), pitch_sd_deg=float(own[:, 1].std(correction=min(1, len(own) - 1))))
 
 # %% ../nbs/08_training.ipynb #63403df3
 STATE = "run.state" # its name in the folder of a run
@@ -489,7 +498,7 @@ def sample_grid(G:PoseFreeGenerator, people:int=6, seed:int=0, yaws_deg=(-40, -2
 def fit(
     images:UnposedImages, # the pictures
     out, # folder of the run
-    generator:GeneratorConfig=GeneratorConfig(), discriminator:DiscriminatorConfig=DiscriminatorConfig(), config:TrainConfig=TrainConfig(),
+    generator:GeneratorConfig|None=None, discriminator:DiscriminatorConfig|None=None, config:TrainConfig|None=None, # None: those of the state that is there, else the defaults
     minutes:float|None=None, # stop after so many minutes of this call
     kimg:float|None=None, # stop when the run has seen so many thousand images
     resume:bool=True, # go on with the state in `out`, if there is one
@@ -506,7 +515,10 @@ def fit(
     share = Processes.launched(device)
     out, device = Path(out), resolve_device(device)
     found = share.any(resume and (out/STATE).exists())
-    s = load_state(out/STATE, device) if found else start or new_state(generator, discriminator, config, device)
+    s = load_state(out/STATE, device) if found else start or new_state(generator or GeneratorConfig(), discriminator or DiscriminatorConfig(), config or TrainConfig(), device)
+    if found:
+        for given, has in ((generator, s.G.config), (discriminator, s.D.config), (config, s.config)):
+            if given is not None and given != has: raise InputError(f"fit: expected the {type(has).__name__} that the run in {str(out)!r} began with (or none), got another in {', '.join(f.name for f in dataclasses.fields(has) if getattr(given, f.name) != getattr(has, f.name))}: give another folder, or resume=False")
     s.share = share
     for x in (images, easy):
         if x is not None and x.resolution != s.G.resolution: raise InputError(f"fit: expected images of {s.G.resolution} pixels, got {x.resolution}")
@@ -518,7 +530,7 @@ def fit(
         if not share.main: return
         figures = dict(kimg=round(s.kimg, 3), minutes=round((time.time() - t0) / 60, 2), img_per_s=round((s.seen - seen0) / (time.time() - t0), 1))
         figures |= {k: round(float(np.mean([r[k] for r in recent if k in r])), 4) for k in sorted({k for r in recent for k in r})} | (watch(s) if watch else {})
-        log.append(json.dumps(figures))
+        log.append(json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in figures.items()})) # JSON knows no NaN
         with whole_file(out/"log.jsonl") as tmp: tmp.write_text("\n".join(log) + "\n")
         save_image(sample_grid(s.ema), out/f"samples/{int(s.kimg):06d}kimg.png")
         save_state(s, out/STATE)
@@ -565,6 +577,7 @@ def _log(out, s) -> list: # the lines of a log up to a state
 def grow(small:TrainState, g_channels:int, d_channels:int, config:TrainConfig) -> TrainState:
     "Twice the resolution, everything learned kept; channels are those of the new blocks"
     c = small.ema.config
+    if small.D.old_rgb is not None and small.kimg < small.config.fade_kimg: raise InputError(f"grow: expected a run whose last new layer is fully in, got one at {small.kimg:.1f} of {small.config.fade_kimg:g} kimg: train it further")
     big_config = dataclasses.replace(c, channels=tuple(c.channels) + (g_channels,), render_resolution=2 * c.render_resolution)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed + 1)

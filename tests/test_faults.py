@@ -23,7 +23,7 @@ from small import D8, G8, G16, corpus
 from test_official import Call, torch_bytes
 
 from posefree_kit import cli, training
-from posefree_kit.checkpoints import import_official, load_generator, module_state
+from posefree_kit.checkpoints import import_official, load_generator, module_state, read_snapshot
 from posefree_kit.core import DivergedError, InputError, load_image, load_tensors, load_values, parse_json, read_network, read_torch, save_tensors, save_values
 from posefree_kit.optimiser import InvertState, Networks, Stage, quick, run
 from posefree_kit.pose import PoseFreeGenerator
@@ -234,3 +234,16 @@ def test_a_few_kills(tmp_path):
     p = subprocess.run([sys.executable, Path(__file__).parent/"fuzz"/"kills.py", "--n", "2", "--only", "train"], capture_output=True, text=True)
     assert p.returncode == 0, p.stderr[-2000:]
     assert all(p.stdout.count(text) == 1 for text in ("survived", "on a full disk", "on Ctrl-C")), p.stdout
+
+
+@pytest.mark.parametrize("make", (b"cdnnlib.util\nEasyDict\n", b"ccollections\nOrderedDict\n"))
+def test_a_container_cannot_be_copied_without_end(make, tmp_path):
+    "A dictionary of 2,000 items, and a list of 2,000 copies of it: 20 kB that would become 4,000,000 items"
+    items = b"(" + b"".join(b"I%d\nI1\n" % i for i in range(2000)) + b"dp0\n0"
+    (tmp_path/"x.pkl").write_bytes(b"\x80\x02" + items + make + b"p1\n0](" + b"g1\ng0\n\x85R" * 2000 + b"e.")
+    with pytest.raises(InputError, match="1,000,000 items in all"): read_snapshot(tmp_path/"x.pkl")
+
+
+def test_one_layer_under_many_names_is_counted_each_time():
+    leaf = dict(state=dict(_parameters={f"p{i}": torch.zeros(1) for i in range(1000)}, _buffers={}, _modules={}))
+    with pytest.raises(InputError, match="10,000 modules and tensors"): module_state(dict(state=dict(_parameters={}, _buffers={}, _modules={f"m{i}": leaf for i in range(300)})))

@@ -193,3 +193,10 @@ def test_shipped_portraits_are_what_their_truth_says():
 def test_cuda_gives_the_same_pixels(crowd):
     r = portrait_batch(range(100, 112), 64, device="cuda")
     assert max((getattr(crowd, f) - getattr(r, f).cpu()).abs().mean().item() for f in FIELDS) < 1e-4
+
+
+def test_no_picture_replaces_another(tmp_path):
+    with pytest.raises(InputError, match="each seed once"): write_portraits([HELD_OUT, HELD_OUT], tmp_path, 16, variation=[0, 1])
+    assert not list(tmp_path.iterdir())
+    records = write_portraits([HELD_OUT, HELD_OUT + 1], tmp_path, 16, yaw=torch.tensor([.1, .2]))
+    assert [round(r["yaw_deg"], 2) for r in records] == [5.73, 11.46] and json.loads((tmp_path/"portraits.json").read_text()) == json.loads(json.dumps(records))

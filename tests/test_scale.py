@@ -196,7 +196,7 @@ def test_an_image_that_kills_workers_is_a_failed_row():
     crew = Crew(lambda worker, items: Lost("memory") if any(i.index == 4 for i in items) else rows_of(items))
     got = {n: rows for n, rows, _ in share(batches(4), crew, 2, retries=1, say=lambda text: None)}
     assert sorted(got) == [0, 1, 2, 3] and [r["index"] for r in got[2]] == [4, 5]
-    assert "got 2 that died" in got[2][0]["error"] and "error" not in got[2][1] and len(crew.fired) == 3
+    assert "got 3 that died" in got[2][0]["error"] and "error" not in got[2][1] and len(crew.fired) == 3
 
 def test_no_more_is_read_than_workers_can_hold():
     taken = []

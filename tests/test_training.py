@@ -288,3 +288,45 @@ def test_the_shipped_generator_is_what_its_card_says():
     found = pose_figures(G, G.reader, held.image, held.pose, 256)
     for key in ("yaw_r", "pitch_r"): assert found[key] == pytest.approx(card["figures"][key], abs=.04), (key, found)
     assert found["yaw_slope"] == pytest.approx(card["figures"]["yaw_slope"], abs=.1), found
+
+
+def test_growing_twice_and_never_half_way(images, tmp_path):
+    from posefree_kit.checkpoints import load_generator, save_checkpoint
+    s = grow(new_state(G8, D8, C), 8, 8, dataclasses.replace(C, fade_kimg=.008))
+    x = UnposedImages(torch.randint(256, (8, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)))
+    train_step(s, x)
+    with pytest.raises(InputError, match="fully in, got one at 0.0 of 0.008 kimg"): grow(s, 8, 8, C)
+    with pytest.raises(InputError, match="would read poses"): save_checkpoint(tmp_path/"half", s.ema, s.d_ema)
+    for _ in range(3): train_step(s, x)
+    seen = x.images[:2].float() / 127.5 - 1
+    save_checkpoint(tmp_path/"run-0.5", s.ema, s.d_ema, half=False); save_checkpoint(tmp_path/"run-0.25", s.ema)
+    assert torch.allclose(load_generator(tmp_path/"run-0.5.safetensors", "cpu").read_pose(seen).stack(), s.d_ema.read_pose(seen).stack(), atol=1e-5) and (tmp_path/"run-0.25.json").exists()
+    assert grow(s, 8, 8, C).G.resolution == 32                                       # and once more
+
+
+def test_a_batch_of_one_goes_on(images, tmp_path):
+    one = dataclasses.replace(C, batch=1)
+    fit(images, tmp_path, G8, D8, one, kimg=.001, progress=False, device="cpu", watch=lambda s: dict(yaw_r=math.nan))
+    assert json.loads((tmp_path/"log.jsonl").read_text())["yaw_r"] is None
+    assert fit(images, tmp_path, kimg=.002, progress=False, device="cpu").seen == 2
+
+
+def test_a_run_goes_on_with_its_own_settings_or_says_so(images, tmp_path):
+    fit(images, tmp_path, G8, D8, C, kimg=.004, progress=False, device="cpu")
+    with pytest.raises(InputError, match="TrainConfig that the run in .* batch, seed"): fit(images, tmp_path, config=dataclasses.replace(C, batch=2, seed=9), kimg=.008, progress=False, device="cpu")
+    with pytest.raises(InputError, match="GeneratorConfig that the run in .* samples"): fit(images, tmp_path, dataclasses.replace(G8, samples=5), D8, C, kimg=.008, progress=False, device="cpu")
+    assert fit(images, tmp_path, kimg=.008, progress=False, device="cpu").seen == 8
+
+
+def test_a_folder_of_pictures_is_read_whole_or_refused(tmp_path):
+    import numpy as np
+    from PIL import Image
+    full = lambda *size: Image.fromarray(np.full((*size, 3), 255, np.uint8))
+    for name in ("a.png", "b.tif", "c.ppm"): full(8, 8).save(tmp_path/name)
+    np.save(tmp_path/"d.npy", np.full((2, 3, 8, 8), 255, np.uint8))
+    assert len(x := UnposedImages.folder(tmp_path, 8)) == 5 and int(x.images.min()) == 255
+    for name, write, said in (("e.npy", lambda p: np.save(p, np.ones((2, 3, 8, 8), np.float32)), "uint8 in 'e.npy'.*float32"), ("f.npy", lambda p: p.write_bytes(b"\x93NUMPY cut"), "in 'f.npy'"), ("g.png", lambda p: full(8, 12).save(p), "square images to train on, got 'g.png' of 12 x 8")):
+        write(tmp_path/name)
+        with pytest.raises(InputError, match=said): UnposedImages.folder(tmp_path, 8)
+        (tmp_path/name).unlink()
+    with pytest.raises(InputError, match="seeds below"): UnposedImages.portraits(2, 8, first=10_000_005)
