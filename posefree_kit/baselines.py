@@ -60,7 +60,7 @@ class Tuning:
     rate:float = 3e-4 # Adam's rate, constant
     l2:float = 1. # weight of the squared difference
     perceptual_weight:float = 1. # weight of the perceptual distance
-    stop:float = .06 # an image's tuning ends once its perceptual distance is under this (published for LPIPS; the kit's own network says it of nearly every pivot)
+    stop:float|None = None # an image's tuning ends once its perceptual distance is under this; None: the published .06 where that distance is LPIPS, otherwise all steps are spent
     anchor:float = 1. # SPI: weight of the depth's distance to the untuned generator's (ours)
     pseudo:float = .5 # SPI: weight of the pseudo views (ours)
 
@@ -109,6 +109,7 @@ def tune(
     callback=None,
 ) -> Inversion:
     "Train a copy of the generator for each image, code and pose fixed"
+    if tuning.stop is None: tuning = dataclasses.replace(tuning, stop=.06 if str(getattr(nets.psi, "name", "")).startswith("lpips") else 0.)
     members = [thaw(nets.generator) for _ in first.w]
     opts = [torch.optim.Adam([p for p in G.parameters() if p.requires_grad], tuning.rate) for G in members]
     trace, stage, done, start = [], len(config.stages), [False] * len(members), len(first.trace)

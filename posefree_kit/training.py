@@ -118,7 +118,7 @@ def blur(x:Tensor, sigma:float) -> Tensor: # (B, C, H, W); sigma in pixels
 # %% ../nbs/08_training.ipynb #ec11b4b9
 @dataclass(frozen=True)
 class TrainConfig:
-    "The training recipe; every value is ours (the paper trains no generator): what the shipped run came to, in stages; its last had `encode_share` .25, batches of 32 and R1 .15"
+    "The training recipe; every value is ours (the paper trains no generator): what the shipped run came to, in stages; its last had the relativistic loss, R1 and R2 .12, `encode_share` .25 and batches of 32"
     batch:int = 32 # images a step, over all processes
     g_rate:float = 0.0025 # Adam's rate, generator
     d_rate:float = 0.002 # Adam's rate, discriminator
@@ -332,8 +332,8 @@ def calibrate(D:Discriminator, own:Tensor, read:Tensor, share:float): # (B, 2) e
 def d_step(s:TrainState, fakes:Fakes, real:Tensor, sigma:float, generator:torch.Generator) -> dict: # losses by name
     "One step of the discriminator: real from fake, and the pose of fakes"
     c, D, share = s.config, s.D, s.share
+    seen = blur(fakes.view.rgb.detach(), sigma)
     with torch.autocast(s.device.type, torch.bfloat16, enabled=s.bf16):
-        seen = blur(fakes.view.rgb.detach(), sigma)
         fake = D(seen, fakes.pose.detach(), fakes.read)
         depth = share.mean(fakes.view.depth.detach().mean())
         read = D(blur(relit(fakes.view, c.relight, s.G.config.focal, Part(generator, c.batch, s.rows), depth), sigma)).pose if c.relight else fake.pose

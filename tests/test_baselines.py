@@ -112,6 +112,14 @@ def test_tuning_ends_when_it_is_good_enough(G):
     assert inv.report["stages"][-1]["steps"] == 1 and torch.equal(inv.generator.synthesis.blocks[0].const, G.synthesis.blocks[0].const)
 
 
+def test_the_published_stop_is_of_lpips(G):
+    "what says nearly nothing of every picture ends tuning where it is LPIPS, and is no reason to stop where it is not"
+    Near = type("Near", (Pixels,), dict(distance=staticmethod(lambda a, b, mask=None: .01 * Pixels.distance(a, b))))
+    x, steps = G.sample(1, seed=4)[1].rgb, lambda psi: pti(x, G, TINY, psi=psi, phi=Pixels).report["stages"][-1]
+    assert steps(type("Lpips", (Near,), dict(name="lpips-alex")))["steps"] == 1
+    assert steps(Near)["steps"] == first_stage(TINY, Tuning(), "w")[1] > 1 and steps(Near)["tuning"]["stop"] == 0.
+
+
 def test_pti_sees_only_the_input_view(face):
     "its known weakness: what tuning gains where the picture was taken, it does not gain to the side"
     p = portrait(HELD_OUT + 2, 32)
