@@ -6,7 +6,8 @@
 __all__ = ['app', 'FRAMINGS', 'SPLIT', 'say', 'out_of', 'command', 'complete', 'Job', 'writable', 'inversion_config',
            'framing_for', 'photo', 'read_square', 'claim', 'skip', 'optimise', 'one_image', 'Outcome', 'invert',
            'render', 'latent_and_generator', 'portraits', 'cut_out', 'scale', 'names', 'evaluate', 'architecture',
-           'train', 'grown', 'training_images', 'train_encoder', 'import_official', 'benchmark', 'Diagnosis', 'doctor']
+           'train', 'named_values', 'own_encoder', 'grown', 'training_images', 'train_encoder', 'import_official',
+           'benchmark', 'Diagnosis', 'doctor']
 
 # %% ../nbs/18_cli.ipynb #8ef8ee84
 import errno, functools, json, math, os, sys, tempfile
@@ -449,6 +450,7 @@ def train(
     encode:Annotated[float, typer.Option(help="Share of the generated images whose look an encoder, which learns along, reads off real ones: for heads that are solid already. Writes latent_encoder.safetensors too.")]=0.,
     resume:Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")]=False,
     watch:Annotated[bool, typer.Option("--watch", help="At each save, log how well the pose head reads 512 held-out portraits; nothing of it reaches training.")]=False,
+    settings:Annotated[Optional[list[str]], typer.Option("--set", help="NAME=VALUE: any other setting of `TrainConfig` (chapter 08), as in --set loss=relativistic --set r2_gamma=0.12; can be given several times.", show_default=False)]=None,
     batch:Annotated[int, typer.Option(help="Images a step, over all processes.")]=32,
     seed:Annotated[int, typer.Option(help="Of everything that is drawn.")]=0,
     device:Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]="auto",
@@ -458,7 +460,7 @@ def train(
     """Train a pose-free generator on unposed images.
 
     In several processes: `accelerate launch --multi_gpu --num_processes 2 -m posefree_kit.cli train ...` (needs posefree_kit[scale]; with --device cpu, on CPUs). Each takes its share of --batch, and one of them writes."""
-    from posefree_kit.core import DivergedError, InputError, config_to_dict, read_json, resolve_device, save_json
+    from posefree_kit.core import DivergedError, InputError, config_from_dict, config_to_dict, read_json, resolve_device, save_json
     from posefree_kit.checkpoints import load_generator, save_checkpoint
     from posefree_kit.training import STATE, Processes, TrainConfig, fit, go_on_with, load_state, watch_poses
     budget = [f"--{k} {v:g}" for k, v in dict(minutes=minutes, kimg=kimg).items() if v is not None and not v > 0]
@@ -469,18 +471,24 @@ def train(
     if resume and not there: raise InputError(f"expected a run to go on with, got {str(out)!r} without {STATE}: leave --resume out to begin one")
     if start and grow_from: raise InputError("expected --start or --grow-from, got both")
     if not pose_conditioned and (start or grow_from): raise InputError(f"--no-pose-conditioned: expected a run that begins from nothing, got {'--start' if start else '--grow-from'}, whose discriminator is there")
+    given = named_values(settings or [], dict(batch="--batch", seed="--seed", encode_share="--encode"))
     if resume and (start or grow_from): raise InputError(f"--resume: expected the run in {str(out)!r} alone, got {'--start' if start else '--grow-from'} too")
     old = load_state(Path(out)/STATE) if resume else None
     if old:
         asked = [f"--{k} {v}" for k, v, usual, was in (("batch", batch, 32, old.config.batch), ("seed", seed, 0, old.config.seed), ("encode", encode, 0., old.config.encode_share), ("size", size, 32, old.G.resolution)) if v not in (usual, was)]
+        other = config_from_dict(TrainConfig, config_to_dict(old.config) | given)
+        asked += [f"--set {k}={v}" for k, v in given.items() if getattr(other, k) != getattr(old.config, k)]
         if asked: raise InputError(f"--resume: expected the settings that the run in {str(out)!r} began with, got {', '.join(asked)}")
     if old and not pose_conditioned and old.D.config.pose_conditioned: raise InputError("--no-pose-conditioned: expected a run that began with it, got one whose discriminator is told the pose")
     where, trained = resolve_device(device), load_generator(start, device) if start else None
-    config = TrainConfig(batch=batch, seed=seed, encode_share=encode, r1_gamma=.05 * ((trained.resolution if start else size) / 32) ** 2)
-    state = None if resume else go_on_with(trained, config) if start else grown(grow_from, size, config, where) if grow_from else None
+    config = config_from_dict(TrainConfig, dict(batch=batch, seed=seed, encode_share=encode, r1_gamma=.05 * ((trained.resolution if start else size) / 32) ** 2) | given)
+    encoder = own_encoder(trained, start) if trained and encode else None
+    state = None if resume else go_on_with(trained, config, encoder) if start else grown(grow_from, size, config, where, given) if grow_from else None
+    if lost := [k for k in given if state and getattr(state.config, k) != getattr(config, k)]: raise InputError(f"--set {lost[0]}: expected a run that begins from nothing or grows, got --start, after which nothing is blurred, faded in or made easy")
+    if trained and encode and not encoder: say(f"note: no encoder was saved with {start}: one that has learnt nothing yet begins", err=True)
     size = state.G.resolution if state else old.G.resolution if old else size
     origin = Path(out)/"started_from.json"
-    if trained and share.main: save_json(dict(name=trained.name, sha256=trained.sha256), writable(out)/origin.name) # a run that goes on later still says so in its card
+    if trained and share.main: save_json(dict(name=trained.name, sha256=trained.sha256, **(dict(encoder=encoder.card["sha256"] if encoder else None) if encode else {})), writable(out)/origin.name) # a run that goes on later still says so in its card
     g, d = (None, None) if resume or state else architecture(size, pose_conditioned)
     progress = progress and share.main
     pictures = training_images(images, n, size, where, progress)
@@ -500,7 +508,27 @@ def train(
     if diverged: raise diverged
     return s
 
-def grown(run, size:int, config, device): # -> TrainState
+def named_values(settings:list, elsewhere:dict) -> dict: # NAME=VALUE -> {name: value}; elsewhere: name -> the option that sets it
+    "Values are JSON (`0.12`, `[61, 94]`, `null`), or numbers like `.12`; what is neither is text"
+    from posefree_kit.core import InputError, parse_json
+    given:dict = {}
+    for text in settings:
+        name, equals, value = text.partition("=")
+        if not name or not equals: raise InputError(f"--set: expected NAME=VALUE, got {text!r}")
+        if name in elsewhere: raise InputError(f"--set {name}: expected {elsewhere[name]} for that")
+        if name in given: raise InputError(f"--set {name}: expected one value, got several")
+        try: given[name] = float(value) if value.startswith(".") else parse_json(value, text)
+        except (InputError, ValueError): given[name] = value
+    return given
+
+def own_encoder(G, start:str): # -> LatentEncoder, or None
+    "The encoder that was saved with a generator: the shipped one, or latent_encoder.safetensors beside its file"
+    from posefree_kit.baselines import load_latent_encoder
+    from posefree_kit.checkpoints import ASSETS
+    path = Path(start).with_name("latent_encoder.safetensors") if Path(start).is_file() else ASSETS/"latent_encoders"/f"{G.name}.safetensors"
+    return load_latent_encoder(G, path) if path.is_file() else None
+
+def grown(run, size:int, config, device, given:dict): # given: settings that stay as they were asked; -> TrainState
     "A run of half the size, ready to go on at twice the size"
     import dataclasses
     from posefree_kit.core import InputError
@@ -512,7 +540,8 @@ def grown(run, size:int, config, device): # -> TrainState
     if 2 * small.G.resolution > 128: raise InputError(f"expected a run of at most 64 pixels to grow, got {small.G.resolution}")
     extra = {32: (32, 24), 64: (24, 16), 128: (16, 12)}[2 * small.G.resolution]
     gamma = .05 * (small.G.resolution / 16) ** 2
-    return grow(small, *extra, dataclasses.replace(config, fade_kimg=4., blur_kimg=0., condition_kimg=(0., 0.), r1_gamma=gamma, g_rate=.002, d_rate=.0014))
+    usual = dict(fade_kimg=4., blur_kimg=0., condition_kimg=(0., 0.), r1_gamma=gamma, g_rate=.002, d_rate=.0014)
+    return grow(small, *extra, dataclasses.replace(config, **{k: v for k, v in usual.items() if k not in given}))
 
 def training_images(folder, n:int, size:int, device, progress:bool, plain:bool=False): # -> UnposedImages
     "Pictures and nothing else"

@@ -589,13 +589,18 @@ def grow(small:TrainState, g_channels:int, d_channels:int, config:TrainConfig) -
     return make_state(G, D, config)
 
 # %% ../nbs/08_training.ipynb #ab01c401
-def go_on_with(G:PoseFreeGenerator, config:TrainConfig) -> TrainState: # G: as `load_generator` gives it; its discriminator came along
+def go_on_with(
+    G:PoseFreeGenerator, # as `load_generator` gives it; its discriminator came along
+    config:TrainConfig,
+    encoder:LatentEncoder|None=None, # with `encode_share`: one that was trained for it, or for another of its shape; None: one that has learnt nothing yet
+) -> TrainState:
     "A run that begins with a trained generator: nothing is faded in, blurred or made easy any more"
     D:Any = G.reader
     if not isinstance(D, Discriminator): raise InputError(f"expected a generator with the discriminator that it was trained with, got {G.name!r} with {'none' if D is None else type(D).__name__}")
     if D.config.resolution != G.resolution: raise InputError(f"expected generator and discriminator of one resolution, got {G.resolution} and {D.config.resolution}")
     H = copy.deepcopy(G).requires_grad_(True); H.set_reader(None)
-    return make_state(H, copy.deepcopy(D).requires_grad_(True), dataclasses.replace(config, fade_kimg=0., blur_kimg=0., condition_kimg=(0., 0.), easy_kimg=(0., 0.)))
+    E = fresh_encoder(G, config.seed, encoder) if encoder and config.encode_share else None
+    return make_state(H, copy.deepcopy(D).requires_grad_(True), dataclasses.replace(config, fade_kimg=0., blur_kimg=0., condition_kimg=(0., 0.), easy_kimg=(0., 0.)), E)
 
 # %% ../nbs/08_training.ipynb #ab01c402
 @torch.no_grad()

@@ -26,7 +26,7 @@ from posefree_kit.pose import PoseFreeGenerator
 from posefree_kit.portraits import portrait, portrait_batch
 from posefree_kit.baselines import load_latent_encoder
 from posefree_kit.latent_encoder import LatentEncoder
-from posefree_kit.training import watch_poses
+from posefree_kit.training import TrainConfig, watch_poses
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
@@ -298,9 +298,32 @@ def test_train_exports_a_generator_that_loads(tmp_path):
     code, _, err = train(tmp_path/"t", "--kimg", .008, "--portraits", 12, "--batch", 8, "--start", tmp_path/"r"/"generator.safetensors", "--encode", .5)
     assert code == 0, err
     H = load_generator(tmp_path/"t"/"generator.safetensors", "cpu")
-    assert isinstance(load_latent_encoder(H, tmp_path/"t"/"latent_encoder.safetensors"), LatentEncoder) and json.loads((tmp_path/"t"/"generator.json").read_text())["started_from"]["sha256"] == G.sha256
+    E, card = load_latent_encoder(H, tmp_path/"t"/"latent_encoder.safetensors"), json.loads((tmp_path/"t"/"generator.json").read_text())
+    assert isinstance(E, LatentEncoder) and card["started_from"] == dict(name=G.name, sha256=G.sha256, encoder=None)
+    code, _, err = train(tmp_path/"u", "--kimg", .008, "--portraits", 12, "--batch", 8, "--start", tmp_path/"t"/"generator.safetensors", "--encode", .5, "--set", "encode_rate=0")
+    assert code == 0 and "no encoder" not in err, err                               # the encoder that lies beside it comes along
+    F = load_latent_encoder(load_generator(tmp_path/"u"/"generator.safetensors", "cpu"), tmp_path/"u"/"latent_encoder.safetensors")
+    assert all(torch.allclose(a, b, atol=1e-3) for a, b in zip(E.parameters(), F.parameters())) and json.loads((tmp_path/"u"/"generator.json").read_text())["started_from"]["encoder"] == E.card["sha256"]
     error(train(tmp_path/"s", "--kimg", 1, "--start", "portraits", "--grow-from", tmp_path/"r"), "--start or --grow-from")
     error(train(tmp_path/"s", "--kimg", 1, "--encode", 2), "encode_share")
+
+def test_train_with_any_setting(tmp_path):
+    train = lambda out, *a: posefree("train", "--out", out, "--device", "cpu", "--no-progress", "--portraits", 12, "--size", 16, "--batch", 8, *a)
+    asked = ("--set", "loss=relativistic", "--set", "r2_gamma=0.12", "--set", "fall_kimg=[1, 2]", "--set", "bf16=false")
+    code, _, err = train(tmp_path/"r", "--kimg", .008, *asked)
+    assert code == 0, err
+    said = json.loads((tmp_path/"r"/"generator.json").read_text())["training"]
+    assert said["loss"] == "relativistic" and said["r2_gamma"] == .12 and said["fall_kimg"] == [1, 2] and said["r1_gamma"] == .05 / 4 and said["g_rate"] == TrainConfig().g_rate
+    assert train(tmp_path/"r", "--kimg", .016, "--resume", *asked)[0] == 0          # the same command goes on
+    error(train(tmp_path/"r", "--kimg", 1, "--resume", "--set", "r2_gamma=.2"), "settings that the run", "--set r2_gamma=0.2")
+    code, _, err = train(tmp_path/"g", "--kimg", .008, "--size", 32, "--grow-from", tmp_path/"r", "--set", "g_rate=0.001")
+    assert code == 0, err
+    said = json.loads((tmp_path/"g"/"generator.json").read_text())["training"]
+    assert said["g_rate"] == .001 and said["fade_kimg"] == 4 and said["d_rate"] == .0014   # what was not asked is the usual one of grown runs
+    for text, *words in (("loss", "NAME=VALUE"), ("=1", "NAME=VALUE"), ("batch=4", "--batch"), ("rate=1", "unknown settings ['rate']"), ("g_rate=fast", "TrainConfig.g_rate", "'fast'"), ("loss=hinge", "nonsaturating or relativistic")): error(train(tmp_path/"s", "--kimg", 1, "--set", text), *words)
+    error(train(tmp_path/"s", "--kimg", 1, "--set", "loss=relativistic", "--set", "loss=nonsaturating"), "one value, got several")
+    error(train(tmp_path/"s", "--kimg", 1, "--start", tmp_path/"r"/"generator.safetensors", "--set", "blur_kimg=3"), "--set blur_kimg", "--start")
+    assert not (tmp_path/"s").exists()
 
 def test_train_with_a_discriminator_that_is_not_told_the_pose(tmp_path):
     train = lambda out, *a: posefree("train", "--out", out, "--device", "cpu", "--no-progress", "--no-pose-conditioned", "--portraits", 12, "--batch", 8, *a)
