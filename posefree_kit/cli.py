@@ -282,17 +282,20 @@ def render(
     if suffix in (".glb", ".ply", ".obj", ".stl"): return [viewer.mesh(G, ws, out).path]
     single = suffix in (".png", ".jpg", ".jpeg", ".webp")
     if suffix and not single: raise InputError(f"expected --out as a folder or a .png, .jpg, .webp, .mp4, .gif, .glb or .ply file, got {out.name!r}")
-    yaws = list(yaw_deg) if yaw_deg else [own[0]]
+    own_yaw, own_pitch = own.degrees()[0].tolist()
+    yaws = list(yaw_deg) if yaw_deg else [own_yaw]
     if single and len(yaws) > 1: raise InputError(f"expected a folder for {len(yaws)} pictures, got the file {out.name!r}")
-    poses = Pose.deg(yaws, own[1] if pitch_deg is None else pitch_deg, ws.device)
+    poses = Pose.deg(yaws, own_pitch if pitch_deg is None else pitch_deg, ws.device)
     if not all(abs(v) <= 89 for v in poses.degrees().flatten().tolist()): raise InputError(f"expected angles within 89 degrees, got yaw {yaws} and pitch {pitch_deg}")
+    if own.radius is not None: poses = Pose(poses.yaw, poses.pitch, own.radius.expand(len(poses)))
     pictures = viewer.look(G, G.planes(ws), poses, size)
     paths = [out] if single else [writable(out)/f"yaw{y:+06.1f}_pitch{p:+06.1f}.png" for y, p in poses.degrees().tolist()]
     for x, path in zip(pictures, paths): save_image(x, path); say(str(path))
     return paths
 
-def latent_and_generator(latent, generator:Optional[str], device:str) -> tuple: # G, ws (1, num_ws, w_dim), own (yaw, pitch) in degrees
+def latent_and_generator(latent, generator:Optional[str], device:str) -> tuple: # G, ws (1, num_ws, w_dim), its own Pose
     "A latent with the generator that it belongs to; another generator is refused"
+    from posefree_kit.camera import Pose
     from posefree_kit.checkpoints import load_generator
     from posefree_kit.core import InputError
     from posefree_kit.viewer import load_latent
@@ -301,7 +304,7 @@ def latent_and_generator(latent, generator:Optional[str], device:str) -> tuple: 
     if "tuned" in meta: made = dict(name=meta["tuned"]["file"], sha256=meta["tuned"]["sha256"]) # its own copy, which lies beside it
     G = load_generator(generator or (Path(latent).with_name(made["name"]) if "tuned" in meta else made.get("name", "portraits")), device)
     if G.sha256 != made.get("sha256"): raise InputError(f"expected the generator that the latent was made with ({made.get('name')}, SHA-256 {str(made.get('sha256'))[:12]}...), got {G.name} ({G.sha256[:12]}...): name its file with --generator")
-    return G, G.expand_ws(t["ws"].to(G.w_avg.device)), [v * 180 / math.pi for v in t["pose"][0].tolist()]
+    return G, G.expand_ws(t["ws"].to(G.w_avg.device)), Pose(*t["pose"].T, t.get("radius")).to(G.w_avg.device)
 
 # %% ../nbs/18_cli.ipynb #2b6c31b1
 @command

@@ -378,7 +378,7 @@ def verify(
     "Same person or not, across poses, and who is it?"
     seeds = list(seeds)
     image = decode(photograph(render, seeds, 4, size, yaw=YAWS, pitch=PITCHES, family=family, dress=dress)).flatten(0, 1)
-    z = torch.cat([embed(x) for x in image.split(64)])
+    z = torch.cat([embed(x).cpu() for x in image.split(64)])
     who = torch.arange(len(seeds)).repeat_interleave(4)
     cos, same, pair = z @ z.T, who[:, None] == who, torch.ones(len(z), len(z)).triu(1).bool()
     related = who[:, None] // family == who // family if family > 1 else torch.ones_like(pair)

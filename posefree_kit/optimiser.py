@@ -112,8 +112,8 @@ def paper(**changes) -> InvertConfig:
 def with_steps(config:InvertConfig, steps:int) -> InvertConfig: # the same stages, shared out in proportion
     "A configuration with another number of steps in all"
     if steps < 1: raise InputError(f"expected at least 1 step, got {steps}")
-    first = [round(steps * s.steps / config.steps) for s in config.stages[:-1]]
-    return dataclasses.replace(config, stages=tuple(dataclasses.replace(s, steps=n) for s, n in zip(config.stages, first + [steps - sum(first)])))
+    ends = [round(steps * sum(s.steps for s in config.stages[:i]) / config.steps) for i in range(len(config.stages) + 1)]
+    return dataclasses.replace(config, stages=tuple(dataclasses.replace(s, steps=b - a) for s, a, b in zip(config.stages, ends, ends[1:])))
 
 PRESETS = {"quick": quick, "paper": paper}
 

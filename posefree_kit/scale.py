@@ -374,15 +374,17 @@ def places(job:Job) -> int: # on this machine
 def opened(out:Path, told:dict, resume:bool):
     "The folder of a run, for one process; an old run is gone on with only where its settings are the same"
     import fcntl
-    path = out/"run.json"
-    if path.exists() and not resume: raise InputError(f"expected no run in {str(out)!r}, got run.json: --resume goes on with it")
-    had = read_json(path) if path.exists() else {}
-    if other := [k for k in told if had and had.get(k) != told[k]]: raise InputError(f"expected a run of these settings in {str(out)!r}, got one with another {', '.join(other)}: give another --out")
-    if not had: save_json(told, path)
-    with open(path) as f:
-        try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    try: out.mkdir(parents=True, exist_ok=True); path, folder = out/"run.json", os.open(out, os.O_RDONLY)
+    except OSError as e: raise InputError(f"expected a folder that can be written, got {str(out)!r}: {e.strerror or e}") from e
+    try:
+        try: fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB) # before run.json is looked at: of two that begin at once, one does
         except BlockingIOError as e: raise Busy(f"{str(out)!r}: another process is working on it") from e
+        if path.exists() and not resume: raise InputError(f"expected no run in {str(out)!r}, got run.json: --resume goes on with it")
+        had = read_json(path) if path.exists() else {}
+        if other := [k for k in told if had and had.get(k) != told[k]]: raise InputError(f"expected a run of these settings in {str(out)!r}, got one with another {', '.join(other)}: give another --out")
+        if not had: save_json(told, path)
         yield
+    finally: os.close(folder)
 
 def part(out:Path, number:int) -> Path: return out/"parts"/f"{number:08d}.parquet" # the rows of a batch
 

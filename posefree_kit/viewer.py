@@ -644,15 +644,16 @@ def save_latent(inversion, config, path, **more): # more: JSON values for the me
     if inversion.generator is not None:
         tuned = save_checkpoint(Path(path).with_name(TUNED[0]), inversion.generator, card=dict(tuned_from=inversion.report["generator"], method=inversion.report["method"]), half=False)
         meta["tuned"] = dict(file=tuned.name, sha256=sha256(tuned))
-    tensors = dict(w=inversion.w, deltas=inversion.deltas, pose=inversion.pose.stack())
+    tensors = dict(w=inversion.w, deltas=inversion.deltas, pose=inversion.pose.stack()) | ({} if inversion.pose.radius is None else dict(radius=inversion.pose.radius))
     save_tensors({k: v.float() for k, v in tensors.items()}, path, **meta)
 
-def load_latent(path) -> tuple: # dict of tensors w (1, w_dim), deltas (1, num_ws, w_dim), pose (1, 2) radians, ws; metadata
+def load_latent(path) -> tuple: # dict of tensors w (1, w_dim), deltas (1, num_ws, w_dim), pose (1, 2) radians, ws, and radius (1,) where the generator learns one; metadata
     "Read it back; anything else is an `InputError`"
     t, meta = load_tensors(path, LATENT)
     if not {"w", "deltas", "pose"} <= set(t) or not all(isinstance(meta.get(k, {}), dict) for k in ("generator", "tuned")): raise InputError(f"{str(path)!r}: expected w, deltas, pose and a generator, got {sorted(t)}")
     n, d = check_shape(t["deltas"], "1 N D", "deltas")["N"], check_shape(t["w"], "1 D", "w")["D"]
     check_shape(t["deltas"], f"1 {n} {d}", "deltas"); check_shape(t["pose"], "1 2", "pose")
+    if "radius" in t: check_shape(t["radius"], "1", "radius")
     if not all(v.dtype == torch.float and v.isfinite().all() for v in t.values()): raise InputError(f"{str(path)!r}: expected finite numbers of type F32")
     return t | dict(ws=t["w"][:, None] + t["deltas"]), meta
 

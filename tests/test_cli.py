@@ -241,6 +241,17 @@ def test_render(home, tmp_path):
     error(render(home/"small.safetensors", "--out", tmp_path/"v.png"), "expected format")
     (tmp_path/"cut.safetensors").write_bytes(latent.read_bytes()[:300]); error(render(tmp_path/"cut.safetensors", "--out", tmp_path/"v.png"), "expected a whole .safetensors")
 
+def test_a_camera_that_the_generator_learnt_the_distance_of_is_kept(home, tmp_path):
+    from posefree_kit.camera import Pose
+    invert(home, home/"a.png", out=tmp_path, extra=LIGHT)
+    t, meta = viewer.load_latent(tmp_path/"a"/"latent.safetensors")
+    G, near = load_generator(home/"small.safetensors", "cpu"), Pose(*t["pose"].T, torch.tensor([2.2]))
+    viewer.save_latent(types.SimpleNamespace(w=t["w"], deltas=t["deltas"], pose=near, generator=None, report=dict(generator=meta["generator"], method="latent")), optimiser.quick(), tmp_path/"near.safetensors")
+    assert viewer.load_latent(tmp_path/"near.safetensors")[0]["radius"] == near.radius and "radius" not in t
+    assert posefree("render", tmp_path/"near.safetensors", "--out", tmp_path/"n.png", "--size", 16, "--device", "cpu", "--generator", home/"small.safetensors")[0] == 0
+    made = load_image(tmp_path/"n.png")
+    assert (made - G.view(t["ws"], near).rgb.clamp(-1, 1)).abs().max() < .01 and (made - load_image(tmp_path/"a"/"reconstruction.png")).abs().max() > .05
+
 def test_another_method_leaves_the_same_files_and_the_generator_that_it_tuned(home, tmp_path, monkeypatch):
     from posefree_kit import baselines
     monkeypatch.setitem(baselines.METHODS, "pti", functools.partial(baselines.pti, tuning=baselines.Tuning(stop=0.)))

@@ -104,6 +104,13 @@ def test_presets_survive_json():
         with pytest.raises(InputError): quick(**bad)
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3, 5, 350])
+def test_few_steps_are_shared_out_over_many_stages(steps):
+    four = quick(stages=tuple(Stage(n, 1, .05, True) for n in (90, 90, 90, 80)))
+    got = [s.steps for s in with_steps(four, steps).stages]
+    assert sum(got) == steps and min(got) >= 0 and max(got) - min(got) <= max(1, steps // 30)
+    assert [s.steps for s in with_steps(quick(), 10).stages] == [4, 6]
+
 def test_multiview_is_zero_without_offset_and_sees_every_image_alone(G):
     w, view = G.sample(2, seed=7); planes, pose = G.planes(w), G.pose(w)
     f = lambda pl, v, p, off: losses.multiview(G, pl, v, p, off, Pixels.features)
