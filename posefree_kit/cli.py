@@ -430,13 +430,13 @@ def evaluate(
 
 # %% ../nbs/18_cli.ipynb #ec02463a
 def architecture(size:int, pose_conditioned:bool=True) -> tuple: # GeneratorConfig, DiscriminatorConfig
-    "Our networks at 16, 32, 64 or 128 pixels, rays rendered at the full size"
+    "Our networks at 16, 32, 64, 128 or 256 pixels, rays rendered at the full size"
     from posefree_kit.core import InputError
     from posefree_kit.discriminator import DiscriminatorConfig
     from posefree_kit.generator import GeneratorConfig
-    if size not in (16, 32, 64, 128): raise InputError(f"expected a size of 16, 32, 64 or 128, got {size}")
+    if size not in (16, 32, 64, 128, 256): raise InputError(f"expected a size of 16, 32, 64, 128 or 256, got {size}")
     n = size.bit_length() - 2
-    return (GeneratorConfig(channels=(64, 64, 48, 32, 24, 16)[:n], render_resolution=size), DiscriminatorConfig(channels=(12, 16, 24, 48, 80, 128)[-n:], pose_conditioned=pose_conditioned))
+    return (GeneratorConfig(channels=(64, 64, 48, 32, 24, 16, 12)[:n], render_resolution=size), DiscriminatorConfig(channels=(8, 12, 16, 24, 48, 80, 128)[-n:], pose_conditioned=pose_conditioned))
 
 @command
 def train(
@@ -446,7 +446,7 @@ def train(
     images:Annotated[Optional[Path], typer.Option(help="Train on the images of a folder (square ones).", show_default=False)]=None,
     n:Annotated[int, typer.Option("--portraits", help="Without --images: train on so many simulated portraits.")]=10_000,
     plain:Annotated[int, typer.Option(help="Begin with so many plain portraits (short hair, nothing worn, one light), replaced bit by bit by the others.")]=0,
-    size:Annotated[int, typer.Option(help="Pixels a side: 16, 32, 64 or 128. With --grow-from, twice the old size.")]=32,
+    size:Annotated[int, typer.Option(help="Pixels a side: 16, 32, 64, 128 or 256. With --grow-from, twice the old size.")]=32,
     grow_from:Annotated[Optional[Path], typer.Option(help="A finished run of half the size to start from.", show_default=False)]=None,
     start:Annotated[Optional[str], typer.Option(help="Begin with a trained generator: a shipped name, or a .safetensors file with its discriminator.", show_default=False)]=None,
     pose_conditioned:Annotated[bool, typer.Option("--pose-conditioned/--no-pose-conditioned", help="The discriminator scores an image together with the pose that is read off it; not: the image alone (the paper's ablation). For runs that begin from nothing.")]=True,
@@ -540,11 +540,11 @@ def grown(run, size:int, config, device, given:dict): # given: settings that sta
     if not path.is_file(): raise InputError(f"expected the folder of a run, got {str(run)!r} without {STATE}")
     small = load_state(path, device)
     if size not in (32, 2 * small.G.resolution): raise InputError(f"expected --size {2 * small.G.resolution}, twice the size of the run, or none; got {size}")
-    if 2 * small.G.resolution > 128: raise InputError(f"expected a run of at most 64 pixels to grow, got {small.G.resolution}")
-    extra = {32: (32, 24), 64: (24, 16), 128: (16, 12)}[2 * small.G.resolution]
+    if 2 * small.G.resolution > 256: raise InputError(f"expected a run of at most 128 pixels to grow, got {small.G.resolution}")
+    g, d = architecture(2 * small.G.resolution)
     gamma = .05 * (small.G.resolution / 16) ** 2
     usual = dict(fade_kimg=4., blur_kimg=0., condition_kimg=(0., 0.), r1_gamma=gamma, g_rate=.002, d_rate=.0014)
-    return grow(small, *extra, dataclasses.replace(config, **{k: v for k, v in usual.items() if k not in given}))
+    return grow(small, g.channels[-1], d.channels[0], dataclasses.replace(config, **{k: v for k, v in usual.items() if k not in given}))
 
 def training_images(folder, n:int, size:int, device, progress:bool, plain:bool=False): # -> UnposedImages
     "Pictures and nothing else"

@@ -318,6 +318,13 @@ def test_train_exports_a_generator_that_loads(tmp_path):
     error(train(tmp_path/"s", "--kimg", 1, "--start", "portraits", "--grow-from", tmp_path/"r"), "--start or --grow-from")
     error(train(tmp_path/"s", "--kimg", 1, "--encode", 2), "encode_share")
 
+@pytest.mark.parametrize("size", [16, 32, 64, 128, 256])
+def test_networks_of_every_size(size):
+    from posefree_kit.cli import architecture
+    g, d = architecture(size)
+    assert PoseFreeGenerator(g).resolution == size == Discriminator(d).config.resolution
+    if size > 16: assert architecture(size // 2)[0].channels == g.channels[:-1] and architecture(size // 2)[1].channels == d.channels[1:]   # what growing keeps
+
 def test_train_with_any_setting(tmp_path):
     train = lambda out, *a: posefree("train", "--out", out, "--device", "cpu", "--no-progress", "--portraits", 12, "--size", 16, "--batch", 8, *a)
     asked = ("--set", "loss=relativistic", "--set", "r2_gamma=0.12", "--set", "fall_kimg=[1, 2]", "--set", "bf16=false")
