@@ -476,31 +476,38 @@ def train(
     if not pose_conditioned and (start or grow_from): raise InputError(f"--no-pose-conditioned: expected a run that begins from nothing, got {'--start' if start else '--grow-from'}, whose discriminator is there")
     given = named_values(settings or [], dict(batch="--batch", seed="--seed", encode_share="--encode"))
     if resume and (start or grow_from): raise InputError(f"--resume: expected the run in {str(out)!r} alone, got {'--start' if start else '--grow-from'} too")
-    old = load_state(Path(out)/STATE) if resume else None
+    old, told = load_state(Path(out)/STATE) if resume else None, Path(out)/"pictures.json"
     if old:
         asked = [f"--{k} {v}" for k, v, usual, was in (("batch", batch, 32, old.config.batch), ("seed", seed, 0, old.config.seed), ("encode", encode, 0., old.config.encode_share), ("size", size, 32, old.G.resolution)) if v not in (usual, was)]
         other = config_from_dict(TrainConfig, config_to_dict(old.config) | given)
         asked += [f"--set {k}={v}" for k, v in given.items() if getattr(other, k) != getattr(old.config, k)]
         if asked: raise InputError(f"--resume: expected the settings that the run in {str(out)!r} began with, got {', '.join(asked)}")
+    if start and plain: raise InputError("--plain: expected a run that begins from nothing or grows, got --start, after which nothing is made easy")
     if old and not pose_conditioned and old.D.config.pose_conditioned: raise InputError("--no-pose-conditioned: expected a run that began with it, got one whose discriminator is told the pose")
     where, trained = resolve_device(device), load_generator(start, device) if start else None
+    if trained and size not in (32, trained.resolution): raise InputError(f"--size: expected {trained.resolution}, the size of {start}, or none, got {size}")
     config = config_from_dict(TrainConfig, dict(batch=batch, seed=seed, encode_share=encode, r1_gamma=.05 * ((trained.resolution if start else size) / 32) ** 2) | given)
     encoder = own_encoder(trained, start) if trained and encode else None
     state = None if resume else go_on_with(trained, config, encoder) if start else grown(grow_from, size, config, where, given) if grow_from else None
     if lost := [k for k in given if state and getattr(state.config, k) != getattr(config, k)]: raise InputError(f"--set {lost[0]}: expected a run that begins from nothing or grows, got --start, after which nothing is blurred, faded in or made easy")
-    if trained and encode and not encoder: say(f"note: no encoder was saved with {start}: one that has learnt nothing yet begins", err=True)
+    if state and encode and not encoder and share.main: say(f"note: {'no encoder was saved with ' + start if start else 'an encoder does not grow'}: one that has learnt nothing yet begins", err=True)
     size = state.G.resolution if state else old.G.resolution if old else size
-    origin = Path(out)/"started_from.json"
-    if trained and share.main: save_json(dict(name=trained.name, sha256=trained.sha256, **(dict(encoder=encoder.card["sha256"] if encoder else None) if encode else {})), writable(out)/origin.name) # a run that goes on later still says so in its card
     g, d = (None, None) if resume or state else architecture(size, pose_conditioned)
     progress = progress and share.main
     pictures = training_images(images, n, size, where, progress)
     easy = training_images(None, plain, size, where, progress, plain=True) if plain else None
+    origin, seen = Path(out)/"started_from.json", dict(data=str(images.name) if images else f"{n} simulated portraits, seeds 0 to {n - 1}", images=len(pictures), plain_images=plain)
+    had = read_json(told) if old and told.exists() else seen
+    if other := [k for k in seen if had.get(k) != seen[k]]: raise InputError(f"--resume: expected the pictures that the run in {str(out)!r} began with, {had.get(other[0])} ({other[0]}), got {seen[other[0]]}")
+    if share.main:
+        save_json(seen, writable(out)/told.name)
+        if trained: save_json(dict(name=trained.name, sha256=trained.sha256, **(dict(encoder=encoder.card["sha256"] if encoder else None) if encode else {})), origin) # a run that goes on later still says so in its card
+        elif not resume: origin.unlink(missing_ok=True)
     diverged = None
     try: s = fit(pictures, writable(out), **(dict(generator=g, discriminator=d) if g else {}), config=None if resume else state.config if state else config, minutes=minutes, kimg=kimg, resume=resume, start=state, device=where, easy=easy, compiled=compiled, watch=watch_poses(size) if watch else None, progress=progress)
     except DivergedError as e: s, diverged = e.state, e # what there is becomes a generator all the same
     if not share.main: return s # one process writes
-    card = dict(made_with="posefree train", kimg=round(s.kimg, 3), data=str(images.name) if images else f"{n} simulated portraits, seeds 0 to {n - 1}", images=len(pictures), plain_images=plain, seed=s.config.seed, device=str(where), training=config_to_dict(s.config), **(dict(started_from=read_json(origin)) if origin.exists() else {}))
+    card = dict(made_with="posefree train", kimg=round(s.kimg, 3), **seen, seed=s.config.seed, device=str(where), training=config_to_dict(s.config), **(dict(started_from=read_json(origin)) if origin.exists() else {}))
     fading = s.d_ema.old_rgb is not None and s.d_ema.fade < 1
     if fading: say(f"note: the discriminator's new layer is {s.d_ema.fade:.0%} in (fully after {s.config.fade_kimg:g} kimg): until then the generator is saved without it, and inversion begins without a reading of the pose", err=True)
     path = save_checkpoint(Path(out)/"generator.safetensors", s.ema, None if fading else s.d_ema, card)
@@ -526,10 +533,15 @@ def named_values(settings:list, elsewhere:dict) -> dict: # NAME=VALUE -> {name: 
 
 def own_encoder(G, start:str): # -> LatentEncoder, or None
     "The encoder that was saved with a generator: the shipped one, or latent_encoder.safetensors beside its file"
-    from posefree_kit.baselines import load_latent_encoder
-    from posefree_kit.checkpoints import ASSETS
-    path = Path(start).with_name("latent_encoder.safetensors") if Path(start).is_file() else ASSETS/"latent_encoders"/f"{G.name}.safetensors"
-    return load_latent_encoder(G, path) if path.is_file() else None
+    from posefree_kit.baselines import read_latent_encoder
+    from posefree_kit.checkpoints import find_checkpoint
+    from posefree_kit.core import InputError
+    file = find_checkpoint(start)
+    there = [p for p in (file.with_name("latent_encoder.safetensors"), file.parents[1]/"latent_encoders"/file.name) if p.is_file()]
+    if not there: return None
+    E = read_latent_encoder(there[0])
+    if E.card.get("generator", {}).get("sha256") != G.sha256: raise InputError(f"{str(there[0])!r}: expected the encoder of {start}, got one of another generator: move it away, and --encode begins with one that has learnt nothing yet")
+    return E.to(G.w_avg.device)
 
 def grown(run, size:int, config, device, given:dict): # given: settings that stay as they were asked; -> TrainState
     "A run of half the size, ready to go on at twice the size"

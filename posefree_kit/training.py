@@ -112,8 +112,9 @@ def blur(x:Tensor, sigma:float) -> Tensor: # (B, C, H, W); sigma in pixels
     r = math.ceil(3 * sigma)
     k = torch.exp(-torch.arange(-r, r + 1, device=x.device, dtype=x.dtype).square() / (2 * sigma ** 2)); k = k / k.sum()
     c = x.shape[1]
-    x = F.conv2d(F.pad(x, (r, r, r, r), mode="replicate"), k.expand(c, 1, 1, -1), groups=c)
-    return F.conv2d(x, k[:, None].expand(c, 1, -1, 1), groups=c)
+    with torch.autocast(x.device.type, enabled=False): # weights of bfloat16 would not sum to 1
+        x = F.conv2d(F.pad(x, (r, r, r, r), mode="replicate"), k.expand(c, 1, 1, -1), groups=c)
+        return F.conv2d(x, k[:, None].expand(c, 1, -1, 1), groups=c)
 
 # %% ../nbs/08_training.ipynb #ec11b4b9
 @dataclass(frozen=True)
@@ -158,7 +159,10 @@ class TrainConfig:
 
     def __post_init__(self):
         if self.loss not in ("nonsaturating", "relativistic"): raise InputError(f"TrainConfig.loss: expected nonsaturating or relativistic, got {self.loss!r}")
-        check_range(self, 1, 1 << 20, "batch", "r1_every", "density_every"); check_range(self, 0, 1, "read_share", "flip_share", "calibrate", "encode_share", "fall_to")
+        check_range(self, 1, 1 << 20, "batch", "r1_every", "density_every"); check_range(self, 0, 1, "read_share", "flip_share", "calibrate", "encode_share", "fall_to", "g_rate", "d_rate", "encode_rate", "ema_ramp"); check_range(self, 0, 64, "blur_px"); check_range(self, 1e-3, 1e6, "ema_kimg", "d_ema_kimg")
+        check_range(self, 0, 1e6, *(k for k in vars(self) if k.endswith(("_gamma", "_weight", "_kimg", "relight")) and k != "fall_kimg"))
+        for k in ("condition_kimg", "easy_kimg"):
+            if not (len(v := getattr(self, k)) == 2 and v[0] <= v[1]): raise InputError(f"TrainConfig.{k}: expected two numbers, the second no smaller than the first, got {v}")
         if self.fall_kimg and not (len(self.fall_kimg) == 2 and 0 <= self.fall_kimg[0] < self.fall_kimg[1]): raise InputError(f"TrainConfig.fall_kimg: expected () or two rising numbers, got {self.fall_kimg}")
 
 # %% ../nbs/08_training.ipynb #5e0c1a02

@@ -654,6 +654,7 @@ def load_latent(path) -> tuple: # dict of tensors w (1, w_dim), deltas (1, num_w
     n, d = check_shape(t["deltas"], "1 N D", "deltas")["N"], check_shape(t["w"], "1 D", "w")["D"]
     check_shape(t["deltas"], f"1 {n} {d}", "deltas"); check_shape(t["pose"], "1 2", "pose")
     if "radius" in t: check_shape(t["radius"], "1", "radius")
+    if "radius" in t and not t["radius"] > 0: raise InputError(f"{str(path)!r}: expected a radius above 0, got {float(t['radius'])}")
     if not all(v.dtype == torch.float and v.isfinite().all() for v in t.values()): raise InputError(f"{str(path)!r}: expected finite numbers of type F32")
     return t | dict(ws=t["w"][:, None] + t["deltas"]), meta
 

@@ -338,10 +338,24 @@ def test_train_with_any_setting(tmp_path):
     assert code == 0, err
     said = json.loads((tmp_path/"g"/"generator.json").read_text())["training"]
     assert said["g_rate"] == .001 and said["fade_kimg"] == 4 and said["d_rate"] == .0014   # what was not asked is the usual one of grown runs
-    for text, *words in (("loss", "NAME=VALUE"), ("=1", "NAME=VALUE"), ("batch=4", "--batch"), ("rate=1", "unknown settings ['rate']"), ("g_rate=fast", "TrainConfig.g_rate", "'fast'"), ("loss=hinge", "nonsaturating or relativistic")): error(train(tmp_path/"s", "--kimg", 1, "--set", text), *words)
+    for text, *words in (("loss", "NAME=VALUE"), ("=1", "NAME=VALUE"), ("batch=4", "--batch"), ("rate=1", "unknown settings ['rate']"), ("g_rate=fast", "TrainConfig.g_rate", "'fast'"), ("loss=hinge", "nonsaturating or relativistic"), ("d_rate=-1", "TrainConfig.d_rate: expected 0 to 1"), ("encode_rate=-1", "encode_rate"), ("blur_px=1e12", "blur_px"), ("pose_weight=-5", "pose_weight"), ("condition_kimg=[]", "condition_kimg: expected two numbers"), ('condition_kimg=["a", 2]', "condition_kimg"), ("easy_kimg=[3, 2]", "easy_kimg: expected two numbers")): error(train(tmp_path/"s", "--kimg", 1, "--set", text), *words)
     error(train(tmp_path/"s", "--kimg", 1, "--set", "loss=relativistic", "--set", "loss=nonsaturating"), "one value, got several")
     error(train(tmp_path/"s", "--kimg", 1, "--start", tmp_path/"r"/"generator.safetensors", "--set", "blur_kimg=3"), "--set blur_kimg", "--start")
+    error(train(tmp_path/"s", "--kimg", 1, "--start", "portraits-small", "--size", 128), "--size: expected 64")
+    error(posefree("train", "--out", tmp_path/"s", "--kimg", 1, "--start", tmp_path/"r"/"generator.safetensors", "--plain", 3), "--plain", "--start")
     assert not (tmp_path/"s").exists()
+    error(train(tmp_path/"r", "--kimg", 1, "--resume", "--portraits", 13, *asked), "expected the pictures that the run", "12 simulated portraits", "got 13 simulated")
+    error(train(tmp_path/"r", "--kimg", 1, "--resume", "--plain", 3, *asked), "expected the pictures that the run", "plain_images")
+
+def test_a_start_that_failed_leaves_no_trace_in_another_run(tmp_path):
+    error(posefree("train", "--out", tmp_path/"r", "--kimg", 1, "--start", "portraits-small", "--portraits", 0), "at least 1 portrait")
+    assert posefree("train", "--out", tmp_path/"r", "--device", "cpu", "--no-progress", "--portraits", 12, "--size", 16, "--batch", 8, "--kimg", .008)[0] == 0
+    assert "started_from" not in json.loads((tmp_path/"r"/"generator.json").read_text())
+
+def test_an_encoder_of_another_generator_is_refused(tmp_path):
+    from posefree_kit.checkpoints import ASSETS
+    for ext in ("safetensors", "json"): shutil.copy(ASSETS/"generators"/f"portraits-small.{ext}", tmp_path); shutil.copy(ASSETS/"latent_encoders"/f"portraits.{ext}", tmp_path/f"latent_encoder.{ext}")
+    error(posefree("train", "--out", tmp_path/"r", "--kimg", 1, "--start", tmp_path/"portraits-small.safetensors", "--encode", .5), "latent_encoder.safetensors", "another generator", "move it away")
 
 def test_train_with_a_discriminator_that_is_not_told_the_pose(tmp_path):
     train = lambda out, *a: posefree("train", "--out", out, "--device", "cpu", "--no-progress", "--no-pose-conditioned", "--portraits", 12, "--batch", 8, *a)
