@@ -670,7 +670,7 @@ def doctor() -> Diagnosis:
     gpus = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
     found += [("device", f"cuda: {gpus}" if gpus else f"cpu, {torch.get_num_threads()} threads of {os.cpu_count()} cores", "ok"), _try("compiled march", _compiled, "missing")]
     d = Diagnosis(found + _assets() + _networks())
-    for what, how, state in d.lines: say(f"{state:8s} {what:24s} {how}")
+    for what, how, state in d.lines: say(f"{state:8s} {what:31s} {how}")
     return d
 
 def _compiled() -> str: # built here and now, which takes a few seconds the first time
@@ -679,10 +679,14 @@ def _compiled() -> str: # built here and now, which takes a few seconds the firs
     return f"for --compiled on a CPU: built with {os.environ.get('CXX', 'c++')}"
 
 def _assets() -> list: # what ships: loaded, which checks the hash
+    from posefree_kit.baselines import load_latent_encoder
     from posefree_kit.checkpoints import load_generator, shipped
+    from posefree_kit.evaluation import load_oracle
     from posefree_kit.features import OURS, load_encoder
+    said = lambda net: f"SHA-256 {net.card['sha256'][:12]}, as its card says"
     return [_try(f"generator {name}", lambda: (lambda g: f"{g.resolution} pixels, SHA-256 {g.sha256[:12]}, as its card says")(load_generator(name, "cpu")), "broken") for name in shipped() or ["portraits"]] + \
-           [_try(f"encoder {name}", lambda: f"SHA-256 {load_encoder(file).card['sha256'][:12]}, as its card says", "broken") for name, file in OURS.items()]
+           [_try(f"latent encoder {name}", lambda: said(load_latent_encoder(load_generator(name, "cpu"))), "broken") for name in shipped()] + \
+           [_try(f"encoder {name}", lambda: said(load_encoder(file)), "broken") for name, file in OURS.items()] + [_try("pose oracle", lambda: (load_oracle(), "SHA-256 as the file itself says")[1], "broken")]
 
 def _networks() -> list: # borrowed ones: used only when asked for, so missing is no fault
     from posefree_kit.features import load_identity, load_perceptual
