@@ -304,7 +304,7 @@ def latent_and_generator(latent, generator:Optional[str], device:str) -> tuple: 
     if "tuned" in meta: made = dict(name=meta["tuned"]["file"], sha256=meta["tuned"]["sha256"]) # its own copy, which lies beside it
     G = load_generator(generator or (Path(latent).with_name(made["name"]) if "tuned" in meta else made.get("name", "portraits")), device)
     if G.sha256 != made.get("sha256"): raise InputError(f"expected the generator that the latent was made with ({made.get('name')}, SHA-256 {str(made.get('sha256'))[:12]}...), got {G.name} ({G.sha256[:12]}...): name its file with --generator")
-    return G, G.expand_ws(t["ws"].to(G.w_avg.device)), Pose(*t["pose"].T, t.get("radius")).to(G.w_avg.device)
+    return G, G.expand_ws(t["ws"].to(G.w_avg.device)), Pose(t["pose"][:, 0], t["pose"][:, 1], t.get("radius")).to(G.w_avg.device)
 
 # %% ../nbs/18_cli.ipynb #2b6c31b1
 @command
