@@ -537,7 +537,7 @@ def own_encoder(G, start:str): # -> LatentEncoder, or None
     from posefree_kit.checkpoints import find_checkpoint
     from posefree_kit.core import InputError
     file = find_checkpoint(start)
-    there = [p for p in (file.with_name("latent_encoder.safetensors"), file.parents[1]/"latent_encoders"/file.name) if p.is_file()]
+    there = [p for p in (file.with_name("latent_encoder.safetensors"), file.parent.parent/"latent_encoders"/file.name) if p.is_file()]
     if not there: return None
     E = read_latent_encoder(there[0])
     if E.card.get("generator", {}).get("sha256") != G.sha256: raise InputError(f"{str(there[0])!r}: expected the encoder of {start}, got one of another generator: move it away, and --encode begins with one that has learnt nothing yet")

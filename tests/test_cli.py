@@ -352,10 +352,12 @@ def test_a_start_that_failed_leaves_no_trace_in_another_run(tmp_path):
     assert posefree("train", "--out", tmp_path/"r", "--device", "cpu", "--no-progress", "--portraits", 12, "--size", 16, "--batch", 8, "--kimg", .008)[0] == 0
     assert "started_from" not in json.loads((tmp_path/"r"/"generator.json").read_text())
 
-def test_an_encoder_of_another_generator_is_refused(tmp_path):
+def test_an_encoder_of_another_generator_is_refused(tmp_path, monkeypatch):
     from posefree_kit.checkpoints import ASSETS
     for ext in ("safetensors", "json"): shutil.copy(ASSETS/"generators"/f"portraits-small.{ext}", tmp_path); shutil.copy(ASSETS/"latent_encoders"/f"portraits.{ext}", tmp_path/f"latent_encoder.{ext}")
     error(posefree("train", "--out", tmp_path/"r", "--kimg", 1, "--start", tmp_path/"portraits-small.safetensors", "--encode", .5), "latent_encoder.safetensors", "another generator", "move it away")
+    (tmp_path/"latent_encoder.safetensors").unlink(); monkeypatch.chdir(tmp_path)
+    assert cli.own_encoder(load_generator("portraits-small", "cpu"), "portraits-small.safetensors") is None   # a bare name of a file has a folder too
 
 def test_train_with_a_discriminator_that_is_not_told_the_pose(tmp_path):
     train = lambda out, *a: posefree("train", "--out", out, "--device", "cpu", "--no-progress", "--no-pose-conditioned", "--portraits", 12, "--batch", 8, *a)
