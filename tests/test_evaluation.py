@@ -286,6 +286,17 @@ def test_the_committed_means_come_from_the_committed_rows():
         for k in ("psnr", "id", "novel_psnr_30"):
             if g["n"]: assert g[k][0] == pytest.approx(statistics.fmean(r[k] for r in mine if not r.get("error")), abs=1e-4)
 
+def test_the_front_page_tells_the_figures_that_are_committed():
+    of = [r for r in read_rows(COMMITTED/"rows.jsonl") if r["generator"] == "portraits"]
+    def asked(method="latent", preset="quick", name=None): return [r for r in of if (r["method"], r["preset"], r["ablation"]) == (method, preset, "full") and (r["set"] == name if name else r["set"] != SELF)]
+    groups = [asked(), asked(name="portraits-easy"), asked(name="portraits-extreme"), asked(preset="paper", name="portraits-easy"), asked(preset="paper", name="portraits-extreme"), asked("encoder+latent"), asked("pti"), asked(name=SELF)]
+    lines = [[x.strip() for x in line.strip(" |").split("|")] for line in (ROOT/"README.md").read_text(encoding="utf-8").splitlines() if line.startswith("  |")]
+    lines = [x for x in lines if len(x) == 6 and x[1].isdigit()]
+    assert len(lines) == len(groups)
+    for (_, n, *cells), g in zip(lines, groups):
+        assert int(n) == len(g) > 0
+        for text, k in zip(cells, ("psnr", "novel_psnr_30", "depth_corr", "pose_yaw_deg")): assert float(text) == pytest.approx(statistics.fmean(r[k] for r in g), abs=.51 * 10 ** -len(text.partition(".")[2]))
+
 # Anybody's pictures
 
 @pytest.fixture
