@@ -65,7 +65,7 @@ class Tuning:
     pseudo:float = .5 # SPI: weight of the pseudo views (ours)
 
 def first_stage(config:InvertConfig, tuning:Tuning, space:str) -> tuple: # InvertConfig, or None where no step is left for it; tuning steps
-    "What comes before tuning: the code alone, by reconstruction alone"
+    "What comes before tuning: the code alone, by reconstruction and the priors alone"
     if not 0 <= tuning.share < 1: raise InputError(f"Tuning.share: expected 0 <= share < 1, got {tuning.share}")
     steps = max(1, round(config.steps * (1 - tuning.share)))
     return with_steps(dataclasses.replace(config, space=space, id=constant(0.), mv=constant(0.), geo=constant(0.)), steps), config.steps - steps
@@ -447,7 +447,7 @@ def encoder_latent(
     net:LatentEncoder|None=None, # as for `encoder`
     psi=None, phi=None,
 ) -> Inversion:
-    "The paper's future work: the encoder's code as one more start of the search, with its deltas where it wins; then latent-only optimisation"
+    "After the paper's future work (initialisation by an encoder): its code as one more start of the search, with its deltas where it wins (ours); then latent-only optimisation"
     t0 = time.time()
     nets, target = prepare(image, generator, config, psi, phi)
     said = encode(net or load_latent_encoder(generator), target, config)

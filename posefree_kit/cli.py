@@ -6,8 +6,8 @@
 __all__ = ['app', 'FRAMINGS', 'SPLIT', 'say', 'out_of', 'command', 'complete', 'Job', 'writable', 'inversion_config',
            'framing_for', 'photo', 'read_square', 'claim', 'skip', 'optimise', 'one_image', 'Outcome', 'invert',
            'render', 'latent_and_generator', 'portraits', 'cut_out', 'scale', 'names', 'evaluate', 'architecture',
-           'train', 'named_values', 'own_encoder', 'grown', 'training_images', 'train_encoder', 'import_official',
-           'benchmark', 'Diagnosis', 'doctor']
+           'train', 'named_values', 'channels', 'own_encoder', 'grown', 'training_images', 'train_encoder',
+           'import_official', 'benchmark', 'Diagnosis', 'doctor']
 
 # %% ../nbs/18_cli.ipynb #8ef8ee84
 import errno, functools, json, math, os, sys, tempfile
@@ -205,8 +205,8 @@ class Outcome:
 def invert(
     images:Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Image files: square portraits, or any photographs with --align. A name that begins with a dash goes after --.", show_default=False)],
     out:Annotated[Path, typer.Option(help="Folder for the results: one folder in it for each image, named after the file.")],
-    preset:Annotated[str, typer.Option(help="quick (under a minute an image) or paper (the paper's two stages at full length).")]="quick",
-    space:Annotated[str, typer.Option(help="w: one code for all layers, as in the paper; w+: a delta for each layer as well.")]="w+",
+    preset:Annotated[str, typer.Option(help="quick (350 steps; with the shipped generator and --compiled under a minute an image) or paper (the paper's two stages; 1,000 steps, a number of ours).")]="quick",
+    space:Annotated[str, typer.Option(help="w: one code for all layers, the strict reading of the paper; w+: a delta for each layer as well (ours).")]="w+",
     method:Annotated[str, typer.Option(help="latent (ours), or another family on the same generator: pose_opt, pti, spi, encoder, encoder+latent (chapter 14).")]="latent",
     generator:Annotated[str, typer.Option(help="A shipped generator or a .safetensors file.")]="portraits",
     encoder:Annotated[Optional[Path], typer.Option(help="Latent encoder for the methods encoder and encoder+latent [default: the one shipped for the generator].", show_default=False)]=None,
@@ -449,6 +449,7 @@ def train(
     size:Annotated[int, typer.Option(help="Pixels a side: 16, 32, 64, 128 or 256. With --grow-from, twice the old size.")]=32,
     grow_from:Annotated[Optional[Path], typer.Option(help="A finished run of half the size to start from.", show_default=False)]=None,
     start:Annotated[Optional[str], typer.Option(help="Begin with a trained generator: a shipped name, or a .safetensors file with its discriminator.", show_default=False)]=None,
+    wider:Annotated[Optional[str], typer.Option("--widen", help="With --start: so many channels in the generator's blocks, 4 x 4 first, as in 256,256,192,96,32; it begins with the same pictures.", show_default=False)]=None,
     pose_conditioned:Annotated[bool, typer.Option("--pose-conditioned/--no-pose-conditioned", help="The discriminator scores an image together with the pose that is read off it; not: the image alone (the paper's ablation). For runs that begin from nothing.")]=True,
     encode:Annotated[float, typer.Option(help="Share of the generated images whose look an encoder, which learns along, reads off real ones: for heads that are solid already. Writes latent_encoder.safetensors too.")]=0.,
     resume:Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")]=False,
@@ -465,7 +466,7 @@ def train(
     In several processes: `accelerate launch --multi_gpu --num_processes 2 -m posefree_kit.cli train ...` (needs posefree_kit[scale]; with --device cpu, on CPUs). Each takes its share of --batch, and one of them writes."""
     from posefree_kit.core import DivergedError, InputError, config_from_dict, config_to_dict, read_json, resolve_device, save_json
     from posefree_kit.checkpoints import load_generator, save_checkpoint
-    from posefree_kit.training import STATE, Processes, TrainConfig, fit, go_on_with, load_state, watch_poses
+    from posefree_kit.training import STATE, Processes, TrainConfig, fit, go_on_with, load_state, watch_poses, widen
     budget = [f"--{k} {v:g}" for k, v in dict(minutes=minutes, kimg=kimg).items() if v is not None and not v > 0]
     if budget or (minutes is None and kimg is None): raise InputError(f"expected a budget above 0, --minutes or --kimg (or both), got {budget[0] if budget else 'none'}")
     share = Processes.launched(device)
@@ -473,6 +474,7 @@ def train(
     if there and not resume: raise InputError(f"expected a new folder, got {str(out)!r} with a run in it: --resume goes on")
     if resume and not there: raise InputError(f"expected a run to go on with, got {str(out)!r} without {STATE}: leave --resume out to begin one")
     if start and grow_from: raise InputError("expected --start or --grow-from, got both")
+    if wider and not start: raise InputError("--widen: expected --start, the generator that becomes wider")
     if not pose_conditioned and (start or grow_from): raise InputError(f"--no-pose-conditioned: expected a run that begins from nothing, got {'--start' if start else '--grow-from'}, whose discriminator is there")
     given = named_values(settings or [], dict(batch="--batch", seed="--seed", encode_share="--encode"))
     if resume and (start or grow_from): raise InputError(f"--resume: expected the run in {str(out)!r} alone, got {'--start' if start else '--grow-from'} too")
@@ -488,7 +490,7 @@ def train(
     if trained and size not in (32, trained.resolution): raise InputError(f"--size: expected {trained.resolution}, the size of {start}, or none, got {size}")
     config = config_from_dict(TrainConfig, dict(batch=batch, seed=seed, encode_share=encode, r1_gamma=.05 * ((trained.resolution if start else size) / 32) ** 2) | given)
     encoder = own_encoder(trained, start) if trained and encode else None
-    state = None if resume else go_on_with(trained, config, encoder) if start else grown(grow_from, size, config, where, given) if grow_from else None
+    state = None if resume else go_on_with(widen(trained, channels(wider), trained.config.look_dim) if wider else trained, config, encoder) if start else grown(grow_from, size, config, where, given) if grow_from else None
     if lost := [k for k in given if state and getattr(state.config, k) != getattr(config, k)]: raise InputError(f"--set {lost[0]}: expected a run that begins from nothing or grows, got --start, after which nothing is blurred, faded in or made easy")
     if state and encode and not encoder and share.main: say(f"note: {'no encoder was saved with ' + start if start else 'an encoder does not grow'}: one that has learnt nothing yet begins", err=True)
     size = state.G.resolution if state else old.G.resolution if old else size
@@ -501,7 +503,7 @@ def train(
     if other := [k for k in seen if had.get(k) != seen[k]]: raise InputError(f"--resume: expected the pictures that the run in {str(out)!r} began with, {had.get(other[0])} ({other[0]}), got {seen[other[0]]}")
     if share.main:
         save_json(seen, writable(out)/told.name)
-        if trained: save_json(dict(name=trained.name, sha256=trained.sha256, **(dict(encoder=encoder.card["sha256"] if encoder else None) if encode else {})), origin) # a run that goes on later still says so in its card
+        if trained: save_json(dict(name=trained.name, sha256=trained.sha256, **(dict(widened=list(channels(wider))) if wider else {}), **(dict(encoder=encoder.card["sha256"] if encoder else None) if encode else {})), origin) # a run that goes on later still says so in its card
         elif not resume: origin.unlink(missing_ok=True)
     diverged = None
     try: s = fit(pictures, writable(out), **(dict(generator=g, discriminator=d) if g else {}), config=None if resume else state.config if state else config, minutes=minutes, kimg=kimg, resume=resume, start=state, device=where, easy=easy, compiled=compiled, watch=watch_poses(size) if watch else None, progress=progress)
@@ -530,6 +532,11 @@ def named_values(settings:list, elsewhere:dict) -> dict: # NAME=VALUE -> {name: 
         try: given[name] = float(value) if value.startswith(".") else parse_json(value, text)
         except (InputError, ValueError): given[name] = value
     return given
+
+def channels(text:str) -> tuple: # "256,256,192" -> (256, 256, 192)
+    from posefree_kit.core import InputError
+    try: return tuple(int(x) for x in text.split(","))
+    except ValueError: raise InputError(f"--widen: expected whole numbers with commas between, got {text!r}") from None
 
 def own_encoder(G, start:str): # -> LatentEncoder, or None
     "The encoder that was saved with a generator: the shipped one, or latent_encoder.safetensors beside its file"

@@ -542,7 +542,7 @@ def default_identity(domain:str) -> str: # domain: a generator's `config.domain`
     return "portrait" if domain == "faces" else "clip"
 
 def default_perceptual(domain:str) -> str:
-    "Which network Eq. 2 and 4 use: ours for faces, LPIPS (which the paper names) for anything else"
+    "Which network Eq. 2 and 4 use: ours for faces, LPIPS (which the paper names for Eq. 2) for anything else"
     return "portrait" if domain == "faces" else "lpips-vgg"
 
 def backends(

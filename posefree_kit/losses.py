@@ -18,7 +18,7 @@ def rec(
     image:Tensor, # (B, 3, H, W) reconstruction, in [-1, 1]
     target:Tensor, # (B, 3, H, W)
     distance, # perceptual distance: (B, 3, H, W) twice -> (B,)
-    l1:float=1., # alpha
+    l1:float=1., # alpha (ours)
     perceptual:float=0.8, # beta (ours: the paper's supplement is unavailable)
 ) -> Tensor: # (B,)
     "Pixels and perception (paper, Eq. 2)"
@@ -75,7 +75,7 @@ def multiview(
     target:Tensor|None=None, # (B, 3, H, W): compare with the input photo instead of the reconstruction
     size:int|None=None, # pixels a side of the volume rendering
 ) -> Tensor: # (B,)
-    "Views from nearby, carried back, must agree with the view from here (paper, Eq. 4; visibility masks and normalisation by their area are ours)"
+    "Views from nearby, carried back, must agree with the view from here, which is held fixed (paper, Eq. 4; visibility masks, normalisation by their area and the fixed reference are ours)"
     n, b = len(offsets), len(pose)
     here = pose.map(lambda x: x.repeat_interleave(n))
     near = turn(here, *(o.to(pose.yaw).repeat(b) for o in (offsets.yaw, offsets.pitch)))
@@ -102,7 +102,7 @@ def geometry(
     near:float, far:float, # the ray interval
     huber:float=0.01, # differences under this share of the interval count quadratically (ours); 0: plain TV
 ) -> Tensor: # (B,)
-    "Total variation of depth (paper, Eq. 5), inside the object"
+    "Total variation of depth (paper, Eq. 5); weights inside the object, the interval as unit and the rounded corner are ours"
     check_shape(weight, "B 1 H W", "weight", **check_shape(depth, "B 1 H W", "depth"))
     d, m, total = depth / (far - near), weight.detach(), depth.new_zeros(len(depth))
     for axis in (-1, -2):

@@ -60,7 +60,7 @@ class Stage:
 class InvertConfig:
     "Everything that decides an inversion. All numbers are ours: the paper's supplement is unavailable"
     preset:str = "custom" # name of the preset, for reports
-    space:str = "w+" # "w": one code for all layers, as in the paper; "w+": per-layer deltas in stages that allow them. The pose is always f(w) of the base code
+    space:str = "w+" # "w": one code for all layers, the strict reading of the paper's w; "w+": per-layer deltas in stages that allow them (ours). The pose is always f(w) of the base code
     stages:tuple = (Stage(400, 2, .05, True), Stage(600, 1, .08, True)) # the paper's two stages: half, then native resolution
     warmup:float = .05 # share of each stage until the rate has its peak
     clip:float = 1. # largest gradient norm of an image's code
@@ -106,7 +106,7 @@ def quick(**changes) -> InvertConfig:
     return dataclasses.replace(InvertConfig(preset="quick", stages=(Stage(150, 2, .05, True), Stage(200, 1, .08, True)), candidates=256, starts=3, start_steps=30), **changes)
 
 def paper(**changes) -> InvertConfig:
-    "The paper's two stages at full length (step numbers and weights ours: the paper's supplement is unavailable)"
+    "The paper's two stages, 1,000 steps (step numbers and weights ours: the paper's supplement is unavailable)"
     return dataclasses.replace(InvertConfig(preset="paper"), **changes)
 
 def with_steps(config:InvertConfig, steps:int) -> InvertConfig: # the same stages, shared out in proportion
@@ -146,7 +146,7 @@ def objective(
     terms:dict={}, # further losses: name -> (weight, f(planes, pose, view, target) -> (B,)); weight: a number or a `Schedule`
     sight:Sight|None=None, # of this target, where more than one step looks at it
 ) -> tuple: # total (B,), parts {name: (B,)}, weights {name: lambda}, pose, view
-    "The losses that are due at this step, and their weighted sum (Eq. 6)"
+    "The losses that are due at this step, and their weighted sum (paper, Eq. 6; the priors, `raw` and `terms` are ours)"
     G, (stage, _, p) = nets.generator, config.at(step)
     shrink = config.stages[stage].shrink
     if sight is None or sight.whole is not target: sight = Sight(nets.psi, nets.phi, target)

@@ -119,7 +119,7 @@ def blur(x:Tensor, sigma:float) -> Tensor: # (B, C, H, W); sigma in pixels
 # %% ../nbs/08_training.ipynb #ec11b4b9
 @dataclass(frozen=True)
 class TrainConfig:
-    "The training recipe; every value is ours (the paper trains no generator): what the shipped run came to, in stages; its last had the relativistic loss, R1 and R2 .12, `encode_share` .25 and batches of 32"
+    "The training recipe; every value is ours (the paper gives no recipe): what the shipped run came to, in stages; its last had the relativistic loss, R1 and R2 .12, `encode_share` .25 and batches of 32"
     batch:int = 32 # images a step, over all processes
     g_rate:float = 0.0025 # Adam's rate, generator
     d_rate:float = 0.002 # Adam's rate, discriminator

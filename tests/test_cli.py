@@ -347,6 +347,19 @@ def test_train_with_any_setting(tmp_path):
     error(train(tmp_path/"r", "--kimg", 1, "--resume", "--portraits", 13, *asked), "expected the pictures that the run", "12 simulated portraits", "got 13 simulated")
     error(train(tmp_path/"r", "--kimg", 1, "--resume", "--plain", 3, *asked), "expected the pictures that the run", "plain_images")
 
+def test_train_begins_wider(tmp_path):
+    train = lambda out, *a: posefree("train", "--out", out, "--device", "cpu", "--no-progress", "--portraits", 12, "--batch", 8, *a)
+    assert train(tmp_path/"r", "--kimg", .008, "--size", 16)[0] == 0
+    small = tmp_path/"r"/"generator.safetensors"; had = list(load_generator(small, "cpu").config.channels)
+    code, _, err = train(tmp_path/"w", "--kimg", .008, "--start", small, "--widen", ",".join(str(c + 8) for c in had))
+    assert code == 0, err
+    card = json.loads((tmp_path/"w"/"generator.json").read_text())
+    assert card["generator"]["channels"] == card["started_from"]["widened"] == [c + 8 for c in had]
+    error(train(tmp_path/"s", "--kimg", 1, "--start", small, "--widen", "8,eight"), "--widen: expected whole numbers", "'8,eight'")
+    error(train(tmp_path/"s", "--kimg", 1, "--start", small, "--widen", "4,4,4"), "widen: expected at least", "(4, 4, 4)")
+    error(train(tmp_path/"s", "--kimg", 1, "--widen", "64,64,48"), "--widen: expected --start")
+    assert not (tmp_path/"s").exists()
+
 def test_a_start_that_failed_leaves_no_trace_in_another_run(tmp_path):
     error(posefree("train", "--out", tmp_path/"r", "--kimg", 1, "--start", "portraits-small", "--portraits", 0), "at least 1 portrait")
     assert posefree("train", "--out", tmp_path/"r", "--device", "cpu", "--no-progress", "--portraits", 12, "--size", 16, "--batch", 8, "--kimg", .008)[0] == 0
