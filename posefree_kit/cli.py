@@ -474,7 +474,8 @@ def train(
     if there and not resume: raise InputError(f"expected a new folder, got {str(out)!r} with a run in it: --resume goes on")
     if resume and not there: raise InputError(f"expected a run to go on with, got {str(out)!r} without {STATE}: leave --resume out to begin one")
     if start and grow_from: raise InputError("expected --start or --grow-from, got both")
-    if wider and not start: raise InputError("--widen: expected --start, the generator that becomes wider")
+    wide = channels(wider) if wider else None
+    if wide and not start: raise InputError("--widen: expected --start, the generator that becomes wider")
     if not pose_conditioned and (start or grow_from): raise InputError(f"--no-pose-conditioned: expected a run that begins from nothing, got {'--start' if start else '--grow-from'}, whose discriminator is there")
     given = named_values(settings or [], dict(batch="--batch", seed="--seed", encode_share="--encode"))
     if resume and (start or grow_from): raise InputError(f"--resume: expected the run in {str(out)!r} alone, got {'--start' if start else '--grow-from'} too")
@@ -490,7 +491,7 @@ def train(
     if trained and size not in (32, trained.resolution): raise InputError(f"--size: expected {trained.resolution}, the size of {start}, or none, got {size}")
     config = config_from_dict(TrainConfig, dict(batch=batch, seed=seed, encode_share=encode, r1_gamma=.05 * ((trained.resolution if start else size) / 32) ** 2) | given)
     encoder = own_encoder(trained, start) if trained and encode else None
-    state = None if resume else go_on_with(widen(trained, channels(wider), trained.config.look_dim) if wider else trained, config, encoder) if start else grown(grow_from, size, config, where, given) if grow_from else None
+    state = None if resume else go_on_with(widen(trained, wide, trained.config.look_dim) if wide else trained, config, encoder) if start else grown(grow_from, size, config, where, given) if grow_from else None
     if lost := [k for k in given if state and getattr(state.config, k) != getattr(config, k)]: raise InputError(f"--set {lost[0]}: expected a run that begins from nothing or grows, got --start, after which nothing is blurred, faded in or made easy")
     if state and encode and not encoder and share.main: say(f"note: {'no encoder was saved with ' + start if start else 'an encoder does not grow'}: one that has learnt nothing yet begins", err=True)
     size = state.G.resolution if state else old.G.resolution if old else size
@@ -503,7 +504,7 @@ def train(
     if other := [k for k in seen if had.get(k) != seen[k]]: raise InputError(f"--resume: expected the pictures that the run in {str(out)!r} began with, {had.get(other[0])} ({other[0]}), got {seen[other[0]]}")
     if share.main:
         save_json(seen, writable(out)/told.name)
-        if trained: save_json(dict(name=trained.name, sha256=trained.sha256, **(dict(widened=list(channels(wider))) if wider else {}), **(dict(encoder=encoder.card["sha256"] if encoder else None) if encode else {})), origin) # a run that goes on later still says so in its card
+        if trained: save_json(dict(name=trained.name, sha256=trained.sha256, **(dict(widened=list(wide)) if wide else {}), **(dict(encoder=encoder.card["sha256"] if encoder else None) if encode else {})), origin) # a run that goes on later still says so in its card
         elif not resume: origin.unlink(missing_ok=True)
     diverged = None
     try: s = fit(pictures, writable(out), **(dict(generator=g, discriminator=d) if g else {}), config=None if resume else state.config if state else config, minutes=minutes, kimg=kimg, resume=resume, start=state, device=where, easy=easy, compiled=compiled, watch=watch_poses(size) if watch else None, progress=progress)
@@ -534,6 +535,7 @@ def named_values(settings:list, elsewhere:dict) -> dict: # NAME=VALUE -> {name: 
     return given
 
 def channels(text:str) -> tuple: # "256,256,192" -> (256, 256, 192)
+    "What `--widen` was given"
     from posefree_kit.core import InputError
     try: return tuple(int(x) for x in text.split(","))
     except ValueError: raise InputError(f"--widen: expected whole numbers with commas between, got {text!r}") from None
