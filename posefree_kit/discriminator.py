@@ -36,6 +36,7 @@ class Judgement(NamedTuple):
     "What the discriminator says of a batch"
     score:Tensor # (B,) logits, larger is more real
     pose:Pose # (B,) what the pose head reads off the image, as it is
+    features:Tensor # (B, feature_dim) what the score is made of
 
 # %% ../nbs/07_discriminator.ipynb #afee7f1b
 class Discriminator(nn.Module):
@@ -89,7 +90,7 @@ class Discriminator(nn.Module):
                 if pose is not None: at = pose.stack() / self.unit if own is None else torch.where(own[:, None], read, pose.stack() / self.unit)
                 e = self.embed_pose(at.detach())
                 score = score + self.condition * (features * F.normalize(e, dim=-1)).sum(-1) / self.config.feature_dim ** .5
-        return Judgement(score, Pose.of(head * self.unit))
+        return Judgement(score, Pose.of(head * self.unit), features)
 
     def read_pose(self, image:Tensor) -> Pose: # (B, 3, R, R)
         "The pose head alone, `calibrated`: the first guess used by inversion (chapter 12). The mean of what it reads off the picture, and off its mirror image, turned back (ours)"

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PLAIN', 'STATE', 'UnposedImages', 'd_loss', 'g_loss', 'r1_penalty', 'pose_loss', 'relit', 'slanted', 'blur',
-           'TrainConfig', 'Processes', 'has_bf16', 'TrainState', 'new_state', 'make_state', 'Fakes', 'Encoded',
-           'pyramid', 'calibrate', 'd_step', 'g_step', 'density_loss', 'wall_loss', 'symmetry_loss', 'ema_step', 'fall',
-           'train_step', 'save_state', 'load_state', 'sample_grid', 'fit', 'sound', 'step_back', 'grow', 'go_on_with',
-           'widen', 'correlation', 'encoder_figures', 'pose_figures', 'watch_poses']
+           'TrainConfig', 'Processes', 'Moments', 'has_bf16', 'TrainState', 'new_state', 'make_state', 'Fakes',
+           'Encoded', 'pyramid', 'calibrate', 'd_step', 'g_step', 'density_loss', 'wall_loss', 'symmetry_loss',
+           'ema_step', 'fall', 'train_step', 'save_state', 'load_state', 'sample_grid', 'fit', 'sound', 'step_back',
+           'grow', 'go_on_with', 'widen', 'correlation', 'encoder_figures', 'pose_figures', 'watch_poses']
 
 # %% ../nbs/08_training.ipynb #d67a11d1
 import copy, dataclasses, json, math, os, time, zipfile
@@ -113,7 +113,7 @@ def slanted(
 ) -> Tensor: # (B, C, H, W)
     "Pictures whose part above the eyes rises to one side, as hair that is parted does, each by another slope; what is below stays (ours)"
     b, _, h, w = image.shape
-    r = batch_rand((3, b), generator, dim=1).to(image)[:, :, None, None]
+    r = batch_rand((3, b), generator, dim=1, device=image.device).to(image)[:, :, None, None]
     slope, row, middle = most * (2 * r[0] - 1), .4 * r[1] - .35, .3 * r[2] - .15     # row: where it begins; all in half pictures from the centre
     v, u = torch.meshgrid(*((torch.arange(n, device=image.device) + .5) * (2 / n) - 1 for n in (h, w)), indexing="ij")
     rise = ((row - v) / .3).clamp(0, 1) * slope * (u - middle)
@@ -161,6 +161,8 @@ class TrainConfig:
     symmetry_weight:float = 2. # faces seen from pose 0 are about as deep on their left as on their right, colours and hair free: keeps a yaw out of the planes
     symmetry_scale:float = .05 # differences of depth far over this, in world units, no longer count there (a strand before the face)
     wall_weight:float = 1. # against solid backgrounds: opacity of rays that meet nothing until well behind the head's centre
+    match_weight:float = 0. # weight of the wish that generated images have the means and products of what the discriminator's features see in real ones (`Moments`): as many hats and glasses as there are; 1 to 3 did the same
+    match_kimg:float = 1. # half-life of these running means, thousands of images
     blur_px:float = 1. # blur of the discriminator's inputs at the start, pixels
     blur_kimg:float = 20. # thousands of images until the blur is gone
     fade_kimg:float = 0. # thousands of images until a grown layer is fully in
@@ -174,7 +176,7 @@ class TrainConfig:
 
     def __post_init__(self):
         if self.loss not in ("nonsaturating", "relativistic"): raise InputError(f"TrainConfig.loss: expected nonsaturating or relativistic, got {self.loss!r}")
-        check_range(self, 1, 1 << 20, "batch", "r1_every", "density_every"); check_range(self, 0, 1, "read_share", "flip_share", "calibrate", "encode_share", "fall_to", "g_rate", "d_rate", "encode_rate", "ema_ramp"); check_range(self, 0, 64, "blur_px"); check_range(self, 0, 2, "slant"); check_range(self, 1e-4, 10, "symmetry_scale"); check_range(self, 1e-3, 1e6, "ema_kimg", "d_ema_kimg")
+        check_range(self, 1, 1 << 20, "batch", "r1_every", "density_every"); check_range(self, 0, 1, "read_share", "flip_share", "calibrate", "encode_share", "fall_to", "g_rate", "d_rate", "encode_rate", "ema_ramp"); check_range(self, 0, 64, "blur_px"); check_range(self, 0, 2, "slant"); check_range(self, 1e-4, 10, "symmetry_scale"); check_range(self, 1e-3, 1e6, "ema_kimg", "d_ema_kimg", "match_kimg")
         check_range(self, 0, 1e6, *(k for k in vars(self) if k.endswith(("_gamma", "_weight", "_kimg", "relight")) and k != "fall_kimg"))
         for k in ("condition_kimg", "easy_kimg"):
             if not (len(v := getattr(self, k)) == 2 and v[0] <= v[1]): raise InputError(f"TrainConfig.{k}: expected two numbers, the second no smaller than the first, got {v}")
@@ -232,6 +234,36 @@ class Processes:
         flat = self.mean(torch.cat([g.flatten() for g in grads]))
         for g, x in zip(grads, flat.split([g.numel() for g in grads])): g.copy_(x.view_as(g))
 
+# %% ../nbs/08_training.ipynb #a7f6e051
+class Moments(torch.nn.Module):
+    "By how much features of generated images differ from those of real ones, in the mean and in products: running means, in units of the real ones' spread (Mroueh et al. 2017; running, ours)"
+    mean:Tensor; var:Tensor; first:Tensor; second:Tensor; kept:Tensor
+    def __init__(self, width:int): # F features
+        super().__init__()
+        for name, shape in dict(mean=(width,), var=(width,), first=(width,), second=(width, width), kept=()).items(): self.register_buffer(name, torch.zeros(shape))
+
+    def units(self, x:Tensor) -> Tensor: # (B, F) each
+        "Features, as far from the mean of real ones as these are spread"
+        return (x - self.mean / self.kept) / (self.var / self.kept + 1e-8).sqrt()
+
+    @torch.no_grad()
+    def update(self, fake:Tensor, real:Tensor, drawn:Tensor, keep:float, share:Processes=Processes()): # (B, F) each; drawn (B,): 1 for generated images that count; keep: of what was there, the share that stays
+        "Move them towards this batch's; the differences begin at 0, so that the first batches, which say little, do little"
+        many, step = share.sum(drawn.sum()).clamp(min=1), 1 - keep
+        self.kept += step * (1 - self.kept)
+        self.mean.lerp_(share.mean(real.mean(0)), step)
+        self.var.lerp_(share.mean((real - self.mean / self.kept).square().mean(0)), step)
+        u, v = self.units(real), self.units(fake)
+        self.first.lerp_(share.sum((v * drawn[:, None]).sum(0)) / many - share.mean(u.mean(0)), step)
+        self.second.lerp_(share.sum((v * drawn[:, None]).T @ v) / many - share.mean(u.T @ u / len(u)), step)
+
+    def loss(self, fake:Tensor, drawn:Tensor, share:Processes=Processes(), second:float=.05) -> Tensor: # (B, F), (B,) -> scalar
+        "What is kept, squared; its gradient is that of the features given here, as if all that was kept were made of them"
+        u, many = self.units(fake), share.sum(drawn.sum()).clamp(min=1)
+        pull = 2 * (u @ self.first) + 2 * second * (u @ self.second * u).sum(1)
+        pull = share.count * (pull * drawn).sum() / many
+        return (self.first.square().sum() + second * self.second.square().sum() + pull - pull.detach()) / len(self.first)
+
 # %% ../nbs/08_training.ipynb #d57f9b68
 def has_bf16(device:torch.device|str) -> bool:
     "Does this device multiply bfloat16 faster than float32? A CPU without such instructions imitates them, at a tenth of the speed"
@@ -253,6 +285,7 @@ class TrainState:
     E:LatentEncoder|None = None # reads latents off images, where `encode_share` asks for it
     e_ema:LatentEncoder|None = None # its moving average: the one that is used
     opt_e:torch.optim.Optimizer|None = None
+    moments:Moments|None = None # what generated images have too much of, for `match_weight`
     trouble:str = "" # which loss stopped being finite: from there on at half the rate
     share:Processes = Processes() # who trains along
 
@@ -281,7 +314,7 @@ def make_state(G:PoseFreeGenerator, D:Discriminator, config:TrainConfig, E:Laten
     if E is None and config.encode_share: E = fresh_encoder(G, config.seed)
     slow = lambda net: copy.deepcopy(net).requires_grad_(False)
     opt_e = None if E is None else torch.optim.Adam(E.parameters(), config.encode_rate, betas=(.9, .99))
-    return TrainState(G, D, slow(G), _adam(G.parameters(), config.g_rate, config.density_every), _adam(D.parameters(), config.d_rate, config.r1_every), config, slow(D), E=E, e_ema=None if E is None else slow(E), opt_e=opt_e)
+    return TrainState(G, D, slow(G), _adam(G.parameters(), config.g_rate, config.density_every), _adam(D.parameters(), config.d_rate, config.r1_every), config, slow(D), moments=Moments(D.config.feature_dim).to(D.real.weight.device), E=E, e_ema=None if E is None else slow(E), opt_e=opt_e)
 
 # %% ../nbs/08_training.ipynb #d57f9b03
 class Fakes:
@@ -297,10 +330,12 @@ class Fakes:
         self.pose = Pose.of(self.own.stack() * sign[rows].to(s.device))
         self.read = (torch.rand(n, generator=generator) < c.read_share)[rows].to(s.device) # judged at what is read off them
         ws, self.encoded = s.G.expand_ws(self.w), None
+        self.drawn = torch.ones_like(self.w[:, 0]) # 0: whose look was read off a real image
         if s.E is not None:
             picked, bare = torch.randperm(n, generator=generator) < n * c.encode_share, torch.rand(n, generator=generator) < .5 # half of them without deltas, so that one w for all layers learns too
             at = picked[rows].nonzero()[:, 0].to(s.device)
             self.encoded = Encoded(s, real[at], at, bare[rows].to(s.device)[at], int(picked.sum()))
+            self.drawn[at] = 0.
             ws = ws.index_copy(0, at, self.encoded.ws) # their looks; the poses stay those of the codes that were drawn
         with torch.autocast(s.device.type, torch.bfloat16, enabled=s.bf16): self.planes = s.G.planes(ws)
         self.view = s.G.render(self.planes, self.pose, jitter=1., generator=Part(rng(jitter_seed, s.device), n, rows))
@@ -318,10 +353,9 @@ class Encoded:
         G, c, b, look = s.G, s.config, len(self.at), s.G.config.look_dim
         spread = lambda w: ((w - s.E.mean) / s.E.std)
         seen = s.E(fakes.view.rgb.detach())[0] # of all generated images
-        prior = torch.ones(len(seen), 1, device=seen.device).index_fill(0, self.at, 0.)
         spoken = torch.func.functional_call(G.pose_learner, {k: p.detach() for k, p in G.pose_learner.named_parameters()}, (seen,)) # the pose learner does not bend to the encoder's errors
         off = (spoken.stack() - fakes.pose.stack().detach()) / s.D.unit
-        known = off.square().sum(1) / 2 + (prior * (spread(seen) - spread(fakes.w.detach()))[:, :look].square()).mean(1) + .02 * spread(seen)[:, look:].square().sum(1)
+        known = off.square().sum(1) / 2 + (fakes.drawn[:, None] * (spread(seen) - spread(fakes.w.detach()))[:, :look].square()).mean(1) + .02 * spread(seen)[:, look:].square().sum(1)
         share = s.share.count / self.many
         parts = dict(known=c.encode_known_weight * known.mean(), tame=share * (.01 * spread(self.w).square().mean(1) + 2e-4 * self.deltas.square().sum((1, 2))).sum())
         if not b: return parts | dict(rec=0 * sum(p.sum() for p in s.E.parameters()), rec_seen=0 * parts["tame"]) # this process has none of them; its encoder has a gradient all the same, 0 where nothing was asked, since all processes average as many numbers
@@ -380,9 +414,14 @@ def g_step(s:TrainState, fakes:Fakes, real:Tensor, sigma:float, generator:torch.
     c = s.config
     s.D.requires_grad_(False)
     with torch.autocast(s.device.type, torch.bfloat16, enabled=s.bf16):
-        score = s.D(blur(fakes.view.rgb, sigma), fakes.pose, fakes.read).score
-        parts = dict(g=g_loss(score, s.D(blur(real, sigma)).score if c.loss == "relativistic" else None, c.loss))
+        judged = s.D(blur(fakes.view.rgb, sigma), fakes.pose, fakes.read)
+        there = s.D(blur(real, sigma)) if c.loss == "relativistic" or c.match_weight else None
+        parts = dict(g=g_loss(judged.score, there.score if c.loss == "relativistic" else None, c.loss))
     total = parts["g"] + c.mean_pose_weight * (s.share.middle(fakes.own.stack()) / s.D.unit).square().sum()
+    if c.match_weight:
+        s.moments.update(judged.features, there.features, fakes.drawn, .5 ** (c.batch / (1000 * c.match_kimg)), s.share)
+        parts["match"] = s.moments.loss(judged.features, fakes.drawn, s.share)
+        total = total + c.match_weight * parts["match"]
     if s.step % c.density_every == 0:
         parts["density"] = density_loss(s.G, fakes.planes, Part(generator, c.batch, s.rows))
         total = total + c.density_weight * parts["density"]
@@ -479,7 +518,7 @@ def save_state(s:TrainState, path:Path|str):
     "The whole run as one file of tensors and plain values, with its SHA-256"
     encoder = {} if s.E is None else dict(encoder=config_to_dict(s.E.config), E=s.E.state_dict(), e_ema=s.e_ema.state_dict(), opt_e=s.opt_e.state_dict())
     save_values(dict(G=s.G.state_dict(), D=s.D.state_dict(), ema=s.ema.state_dict(), d_ema=s.d_ema.state_dict(), opt_g=s.opt_g.state_dict(), opt_d=s.opt_d.state_dict(), seen=s.seen, growing=s.D.old_rgb is not None, trouble=s.trouble,
-                     generator=config_to_dict(s.G.config), discriminator=config_to_dict(s.D.config), config=config_to_dict(s.config), **encoder), path)
+                     generator=config_to_dict(s.G.config), discriminator=config_to_dict(s.D.config), config=config_to_dict(s.config), moments=s.moments.state_dict(), **encoder), path)
 
 def load_state(path:Path|str, device="cpu") -> TrainState:
     "Read a run back; a file that is damaged, or holds anything else, is an `InputError`"
@@ -489,6 +528,7 @@ def load_state(path:Path|str, device="cpu") -> TrainState:
         E = _filled(lambda: LatentEncoder(config_from_dict(LatentEncoderConfig, d["encoder"])), d["E"]).to(device) if "encoder" in d else None
         s = make_state(_filled(lambda: PoseFreeGenerator(g), d["G"]).to(device), _filled(lambda: _growing(c, d["growing"]), d["D"]).to(device), config_from_dict(TrainConfig, d["config"]), E)
         if E is not None: s.e_ema.load_state_dict(d["e_ema"]); s.opt_e.load_state_dict(d["opt_e"])
+        if "moments" in d: s.moments.load_state_dict(d["moments"])
         s.ema.load_state_dict(d["ema"]); s.d_ema.load_state_dict(d.get("d_ema", d["D"])); s.opt_g.load_state_dict(d["opt_g"]); s.opt_d.load_state_dict(d["opt_d"]); s.seen, s.trouble = d["seen"], d.get("trouble", "")
     except (KeyError, TypeError, AttributeError, ValueError, IndexError, RuntimeError) as e: raise InputError(f"expected a training state, got {str(path)!r}: {' '.join(str(e).split())[:200]}") from e
     return s

@@ -11,7 +11,7 @@ from posefree_kit.generator import GeneratorConfig
 from posefree_kit.training import Processes, TrainConfig, UnposedImages, fit, new_state, train_step
 
 G16, D16 = GeneratorConfig(channels=(8, 8, 8), plane_channels=4, render_resolution=16, samples=6), DiscriminatorConfig(channels=(8, 8, 8))
-CONFIG = TrainConfig(batch=32, bf16=False, hold_kimg=0., r1_every=4, condition_kimg=(0., .3), easy_kimg=(.1, .5), encode_share=.06, seed=3)
+CONFIG = TrainConfig(batch=32, bf16=False, hold_kimg=0., r1_every=4, condition_kimg=(0., .3), easy_kimg=(.1, .5), encode_share=.06, match_weight=1., match_kimg=.1, seed=3)
 
 def images(seed:int) -> UnposedImages: return UnposedImages(torch.randint(256, (64, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)))
 

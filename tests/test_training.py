@@ -24,7 +24,7 @@ def test_no_label_can_reach_training(images):
     assert isinstance(images.batch(3, torch.Generator()), torch.Tensor)
 
 
-@pytest.mark.parametrize("changes", [dict(), dict(loss="relativistic"), dict(loss="relativistic", r2_gamma=.1), dict(loss="relativistic", r2_gamma=.1, bf16=True), dict(bf16=False), dict(r1_every=1, density_every=1)])
+@pytest.mark.parametrize("changes", [dict(), dict(loss="relativistic"), dict(loss="relativistic", r2_gamma=.1), dict(loss="relativistic", r2_gamma=.1, bf16=True), dict(bf16=False), dict(match_weight=1.), dict(r1_every=1, density_every=1)])
 def test_steps_are_finite_and_move_everything(images, changes):
     import dataclasses
     s = new_state(G8, D8, dataclasses.replace(C, **changes))
@@ -54,12 +54,11 @@ def test_the_pose_learner_is_held(images):
 
 
 def test_kill_and_resume_is_exact(images, tmp_path):
-    class Stop(Exception): pass
-    def killer(s):
-        if s.seen == 12: raise Stop
-    whole = fit(images, tmp_path / "a", G8, D8, C, kimg=.024, progress=False, device="cpu")
-    fit(images, tmp_path / "b", G8, D8, C, kimg=.012, progress=False, device="cpu")
-    b = fit(images, tmp_path / "b", G8, D8, C, kimg=.024, progress=False, device="cpu")
+    config = dataclasses.replace(C, match_weight=1., match_kimg=.01)
+    whole = fit(images, tmp_path / "a", G8, D8, config, kimg=.024, progress=False, device="cpu")
+    fit(images, tmp_path / "b", G8, D8, config, kimg=.012, progress=False, device="cpu")
+    b = fit(images, tmp_path / "b", G8, D8, config, kimg=.024, progress=False, device="cpu")
+    assert all(torch.equal(x, y) for x, y in zip(whole.moments.buffers(), b.moments.buffers())) and b.moments.second.abs().sum() > 0
     assert all(torch.equal(x, y) for x, y in zip(whole.ema.parameters(), b.ema.parameters())) and whole.seen == b.seen == 24
     assert all(torch.equal(x, y) for x, y in zip(whole.D.parameters(), b.D.parameters()))
     assert [json.loads(l)["kimg"] for l in (tmp_path / "b/log.jsonl").read_text().splitlines()] == [.012, .024]
@@ -259,12 +258,12 @@ def test_the_recorded_step_is_the_same_step():
     with torch.no_grad():
         for x, y in zip(render(G, planes, pose, Constants(), 16, jitter=0.), G.render(planes, pose, size=16)): assert torch.allclose(x, y, atol=2e-5)
     s = new_state(GeneratorConfig(channels=(16, 16, 8, 8), render_resolution=32), DiscriminatorConfig(channels=(8, 16, 24, 32)), TrainConfig(batch=8))
-    c = dataclasses.replace(s.config, encode_share=.25, loss="relativistic", r2_gamma=.1)
+    c = dataclasses.replace(s.config, encode_share=.25, loss="relativistic", r2_gamma=.1, match_weight=1., slant=.5)
     run = Recorded(s.G, s.D, fresh_encoder(s.G).requires_grad_(True), c, UnposedImages.portraits(8, 32).images)
     before = [p.detach().clone() for net in (run.G.synthesis, run.D, run.E) for p in net.parameters()]
     values = run.step(True, True).tolist()
     losses = dict(zip(run.names, values))
-    assert {"d", "pose", "mirror", "r1", "r2", "g", "density", "wall", "symmetry", "known", "rec"} <= set(losses) and all(math.isfinite(v) for v in losses.values())
+    assert {"d", "pose", "mirror", "r1", "r2", "g", "density", "wall", "symmetry", "known", "rec", "match"} <= set(losses) and all(math.isfinite(v) for v in losses.values())
     after = [p for net in (run.G.synthesis, run.D, run.E) for p in net.parameters()]
     assert sum(not torch.equal(a, b) for a, b in zip(before, after)) > .9 * len(after)
     assert encoder_for(s.G, run.E).config == run.E.config
@@ -358,3 +357,18 @@ def test_slant_and_symmetry_scale_reach_the_step(images):
     assert soft["symmetry"] < base["symmetry"] and soft["d"] == base["d"] and soft["g"] == base["g"]
     with pytest.raises(InputError, match="slant"): TrainConfig(slant=-.1)
     with pytest.raises(InputError, match="symmetry_scale"): TrainConfig(symmetry_scale=0.)
+
+
+def test_moments_are_matched(images):
+    "Generated images come to be of the mean and the spread that real ones have in the features, where only that is asked for; encoded people do not count"
+    s = new_state(G8, D8, dataclasses.replace(ENCODE, match_weight=1.))
+    for p in s.moments.buffers(): assert not p.any()
+    parts = train_step(s, images)
+    assert "match" in parts and s.moments.kept > 0 and "match" not in train_step(new_state(G8, D8, ENCODE), images)
+    for g in s.opt_d.param_groups: g["lr"] = 0.                                                  # features that stay
+    s.config = dataclasses.replace(s.config, match_weight=1e3, match_kimg=.1, encode_share=.5)
+    told = [train_step(s, images)["match"] for _ in range(150)]
+    assert sum(told[-20:]) < .5 * max(sum(told[i:i + 20]) for i in range(0, 120, 20)), told
+    f = Fakes(s, rng(0), images.batch(4, torch.Generator()))
+    assert f.drawn.sum() == 2 and not f.drawn[f.encoded.at].any()
+    with pytest.raises(InputError, match="match_kimg"): TrainConfig(match_kimg=0.)

@@ -6,7 +6,7 @@
 A step of `posefree_kit.training.train_step` is some 5,000 small kernels, and a GPU waits for Python to ask for each: measured on an H200 machine beside other work, 105 images a second
 with batches of 32. Here the same step (an encoder in the loop, the pose learner held) is asked for once, recorded, and replayed: 900 images a second with batches of 64. What may not be recorded is gone:
 random numbers come from the device, constants are made before, nothing is read back, and planes are looked up by `grid_sample`. `tests/test_training.py` compares its pictures with the library's and takes a step on the CPU.
-The run that shipped used this code with its pictures made beside it, as they were needed; since it was put in order it has not been on a GPU again, and the recipe in `main` (scores compared in pairs, R2; chapter 08, point 15) has been tried on a CPU only.
+The run that shipped used this code with its pictures made beside it, as they were needed; since it was put in order it has not been on a GPU again, and the recipe in `main` (scores compared in pairs, R2, features matched; chapter 08, points 15 to 17) has been tried on a CPU only.
 """
 import argparse, copy, dataclasses, json, math, time
 from pathlib import Path
@@ -22,7 +22,7 @@ from posefree_kit.generator import AXES, Planes, View, ball_prior
 from posefree_kit.latent_encoder import fresh_encoder
 from posefree_kit.portraits import HELD_OUT, portrait_batch
 from posefree_kit.rendering import march, softplus_density
-from posefree_kit.training import TrainConfig, calibrate, d_loss, encoder_figures, g_loss, go_on_with, grow, make_state, pose_figures, pose_loss, pyramid, r1_penalty, sample_grid, wall_loss
+from posefree_kit.training import Moments, TrainConfig, calibrate, d_loss, encoder_figures, g_loss, go_on_with, grow, make_state, pose_figures, pose_loss, pyramid, r1_penalty, sample_grid, slanted, wall_loss
 
 class Constants(dict):
     "Tensors that a recorded step reads: made when they are first asked for, before anything is recorded"
@@ -98,6 +98,7 @@ class Recorded:
         fast = dict(fused=True, capturable=True) if device.type == "cuda" else {}
         betas = ((0., .99 ** (self.rates[0] / config.g_rate)), (0., .99 ** (self.rates[1] / config.d_rate)), (.9, .99))
         self.opt = [torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr=lr, betas=b, **fast) for net, lr, b in zip((G, D, E), self.now, betas)]
+        self.moments = Moments(D.config.feature_dim).to(device)
         self.sign = torch.ones(config.batch, 2, device=device); half = int(config.batch * config.flip_share)
         self.sign[:half // 2, 0] = self.sign[half // 2:half, 1] = -1
 
@@ -120,7 +121,7 @@ class Recorded:
     def d_loss(self, f, r1:bool) -> dict:
         D, c, real = self.D, self.c, f["real"]
         fake, judged = D(f["view"].rgb.detach(), f["pose"], f["read"]), D(real)
-        lit, turned = D(relit(f["view"], c.relight, self.G.config.focal)).pose, D(real.flip(-1)).pose
+        lit, turned = D(relit(f["view"], c.relight, self.G.config.focal)).pose, D((slanted(real, c.slant, None) if c.slant else real).flip(-1)).pose
         parts = dict(d=d_loss(judged.score, fake.score, c.loss), pose=pose_loss(lit, f["pose"], self.unit), mirror=pose_loss(turned, mirror(judged.pose), self.unit))
         if r1:
             parts["r1"] = r1_penalty(D, real)
@@ -130,8 +131,12 @@ class Recorded:
 
     def g_loss(self, f, density:bool) -> dict:
         G, D, E, c, planes, pose, at, look = self.G, self.D, self.E, self.c, f["planes"], f["pose"], f["at"], self.G.config.look_dim
-        real = D(f["real"]).score if c.loss == "relativistic" else None
-        parts = dict(g=g_loss(D(f["view"].rgb, pose, f["read"]).score, real, c.loss), wall=wall_loss(f["view"], G.config.radius))
+        judged, there = D(f["view"].rgb, pose, f["read"]), D(f["real"])
+        parts = dict(g=g_loss(judged.score, there.score if c.loss == "relativistic" else None, c.loss), wall=wall_loss(f["view"], G.config.radius))
+        drawn = torch.ones(c.batch, device=self.device).index_fill(0, at, 0.)
+        if c.match_weight:
+            self.moments.update(judged.features, there.features, drawn, .5 ** (c.batch / (1000 * c.match_kimg)))
+            parts["match"] = self.moments.loss(judged.features, drawn)
         if density:
             u = (torch.rand(c.batch, 500, 3, device=self.device) - .5) * G.config.box
             sigma = F.softplus(field(G, planes.features, torch.cat([u, u + .004 * G.config.box * torch.randn_like(u)], 1))[0] - 1) * G.config.density_scale
@@ -140,12 +145,11 @@ class Recorded:
         front = render(G, planes[:len(zero)], Pose(zero, zero), self.const, 32)
         depth, weight = (x[..., 13:23, 11:21] for x in (front.depth, front.weight)) # the face: training.symmetry_loss
         both, off = (weight * weight.flip(-1)).detach(), (depth - depth.flip(-1)).square()
-        parts["symmetry"] = (both * off / (off + .05 ** 2)).sum() / both.sum().clamp(min=1)
+        parts["symmetry"] = (both * off / (off + c.symmetry_scale ** 2)).sum() / both.sum().clamp(min=1)
         spread = lambda w: (w - E.mean) / E.std
         seen = E(f["view"].rgb.detach())[0]
-        drawn = torch.ones(c.batch, 1, device=self.device).index_fill(0, at, 0.)
         off = ((G.pose(seen).stack() - pose.stack()) / self.unit).square().sum(1) / 2
-        parts["known"] = (off + (drawn * (spread(seen) - spread(f["w"].detach()))[:, :look].square()).mean(1) + .02 * spread(seen)[:, look:].square().sum(1)).mean()
+        parts["known"] = (off + (drawn[:, None] * (spread(seen) - spread(f["w"].detach()))[:, :look].square()).mean(1) + .02 * spread(seen)[:, look:].square().sum(1)).mean()
         parts["tame"] = (.01 * spread(f["code"]).square().mean(1) + 2e-4 * f["deltas"].square().sum((1, 2))).mean()
         again = render(G, Planes(*(x.index_select(0, at) for x in planes)), G.pose(f["code"]), self.const).rgb
         parts["rec"] = sum((x - y).abs().mean() for x, y in zip(pyramid(again), pyramid(f["image"]))) / 3
@@ -156,7 +160,7 @@ class Recorded:
     def step(self, r1:bool, density:bool): # -> losses (tensor), named in `self.names`
         "All networks, once"
         c, D = self.c, self.D
-        weights = dict(pose=c.pose_weight, mirror=c.mirror_weight, r1=c.r1_gamma / 2 * c.r1_every, r2=c.r2_gamma / 2 * c.r1_every, density=c.density_weight, wall=c.wall_weight, symmetry=c.symmetry_weight, known=c.encode_known_weight, rec=c.encode_weight, rec_seen=c.encode_feature_weight)
+        weights = dict(pose=c.pose_weight, mirror=c.mirror_weight, r1=c.r1_gamma / 2 * c.r1_every, r2=c.r2_gamma / 2 * c.r1_every, density=c.density_weight, wall=c.wall_weight, symmetry=c.symmetry_weight, match=c.match_weight, known=c.encode_known_weight, rec=c.encode_weight, rec_seen=c.encode_feature_weight)
         def down(parts, opts):
             for o in opts: o.zero_grad(set_to_none=True)
             sum(weights.get(k, 1.) * v for k, v in parts.items()).backward()
@@ -235,7 +239,7 @@ def main():
     def log(**k):
         with open(args.out/"log.jsonl", "a") as f: f.write(json.dumps(k) + "\n")
         print(k, flush=True)
-    config = TrainConfig(batch=64, g_rate=.002, d_rate=.0014, loss="relativistic", r1_gamma=.12, r2_gamma=.12, encode_share=.25, encode_weight=40., seed=args.seed)
+    config = TrainConfig(batch=64, g_rate=.002, d_rate=.0014, loss="relativistic", r1_gamma=.12, r2_gamma=.12, encode_share=.25, encode_weight=40., match_weight=1., slant=.7, symmetry_weight=.5, symmetry_scale=.02, seed=args.seed)
     G = load_generator(args.start, "cuda")
     s = go_on_with(G, dataclasses.replace(config, encode_share=0.))
     run = Recorded(s.G, s.D, encoder_for(G, load_latent_encoder(G)), config, pictures(args.portraits, 64, 30_000, "cuda", 4096))
