@@ -161,7 +161,7 @@ class TrainConfig:
     symmetry_weight:float = 2. # faces seen from pose 0 are about as deep on their left as on their right, colours and hair free: keeps a yaw out of the planes
     symmetry_scale:float = .05 # differences of depth far over this, in world units, no longer count there (a strand before the face)
     wall_weight:float = 1. # against solid backgrounds: opacity of rays that meet nothing until well behind the head's centre
-    match_weight:float = 0. # weight of the wish that generated images have the means and products of what the discriminator's features see in real ones (`Moments`): as many hats and glasses as there are; 1 to 3 did the same
+    match_weight:float = 0. # weight of the wish that generated images have the means and products of what the discriminator's features see in real ones (`Moments`): as many hats and glasses as there are; 1 and 3 ended alike (chapter 08, point 17)
     match_kimg:float = 1. # half-life of these running means, thousands of images
     blur_px:float = 1. # blur of the discriminator's inputs at the start, pixels
     blur_kimg:float = 20. # thousands of images until the blur is gone
@@ -237,17 +237,19 @@ class Processes:
 # %% ../nbs/08_training.ipynb #a7f6e051
 class Moments(torch.nn.Module):
     "By how much features of generated images differ from those of real ones, in the mean and in products: running means, in units of the real ones' spread (Mroueh et al. 2017; running, ours)"
-    mean:Tensor; var:Tensor; first:Tensor; second:Tensor; kept:Tensor
+    mean:Tensor; var:Tensor # (F,) of real features, not yet divided by `kept`
+    first:Tensor; second:Tensor # (F,) m and (F, F) M
+    kept:Tensor # scalar: the share of the memory that is filled
     def __init__(self, width:int): # F features
         super().__init__()
         for name, shape in dict(mean=(width,), var=(width,), first=(width,), second=(width, width), kept=()).items(): self.register_buffer(name, torch.zeros(shape))
 
-    def units(self, x:Tensor) -> Tensor: # (B, F) each
-        "Features, as far from the mean of real ones as these are spread"
+    def units(self, x:Tensor) -> Tensor: # (B, F) -> (B, F)
+        "Features, counted from the mean of real ones in their standard deviations"
         return (x - self.mean / self.kept) / (self.var / self.kept + 1e-8).sqrt()
 
     @torch.no_grad()
-    def update(self, fake:Tensor, real:Tensor, drawn:Tensor, keep:float, share:Processes=Processes()): # (B, F) each; drawn (B,): 1 for generated images that count; keep: of what was there, the share that stays
+    def update(self, fake:Tensor, real:Tensor, drawn:Tensor, keep:float, share:Processes=Processes()): # (B, F), (N, F); drawn (B,): 1 for generated images that count; keep: of what was there, the share that stays
         "Move them towards this batch's; the differences begin at 0, so that the first batches, which say little, do little"
         many, step = share.sum(drawn.sum()).clamp(min=1), 1 - keep
         self.kept += step * (1 - self.kept)
@@ -257,12 +259,12 @@ class Moments(torch.nn.Module):
         self.first.lerp_(share.sum((v * drawn[:, None]).sum(0)) / many - share.mean(u.mean(0)), step)
         self.second.lerp_(share.sum((v * drawn[:, None]).T @ v) / many - share.mean(u.T @ u / len(u)), step)
 
-    def loss(self, fake:Tensor, drawn:Tensor, share:Processes=Processes(), second:float=.05) -> Tensor: # (B, F), (B,) -> scalar
-        "What is kept, squared; its gradient is that of the features given here, as if all that was kept were made of them"
+    def loss(self, fake:Tensor, drawn:Tensor, share:Processes=Processes(), products:float=.05) -> Tensor: # (B, F), (B,) -> scalar
+        "What is kept, squared; the gradient reaches the features given here as if all that is kept were made of them alone"
         u, many = self.units(fake), share.sum(drawn.sum()).clamp(min=1)
-        pull = 2 * (u @ self.first) + 2 * second * (u @ self.second * u).sum(1)
+        pull = 2 * (u @ self.first) + 2 * products * (u @ self.second * u).sum(1)
         pull = share.count * (pull * drawn).sum() / many
-        return (self.first.square().sum() + second * self.second.square().sum() + pull - pull.detach()) / len(self.first)
+        return (self.first.square().sum() + products * self.second.square().sum() + pull - pull.detach()) / len(self.first)
 
 # %% ../nbs/08_training.ipynb #d57f9b68
 def has_bf16(device:torch.device|str) -> bool:
