@@ -64,7 +64,7 @@ class Tuning:
     anchor:float = 1. # SPI: weight of the depth's distance to the untuned generator's (ours)
     pseudo:float = .5 # SPI: weight of the pseudo views (ours)
 
-def first_stage(config:InvertConfig, tuning:Tuning, space:str) -> tuple: # InvertConfig, or None where no step is left for it; tuning steps
+def first_stage(config:InvertConfig, tuning:Tuning, space:str) -> tuple: # InvertConfig (of at least one step); tuning steps, possibly 0
     "What comes before tuning: the code alone, by reconstruction and the priors alone"
     if not 0 <= tuning.share < 1: raise InputError(f"Tuning.share: expected 0 <= share < 1, got {tuning.share}")
     steps = max(1, round(config.steps * (1 - tuning.share)))
@@ -332,7 +332,7 @@ class LatentTrainer:
         self.step, self.seconds = state["step"], state["seconds"]
 
 def train_latent_encoder(
-    generator:PoseFreeGenerator, # frozen; on a CPU, with the compiled march several times as fast
+    generator:PoseFreeGenerator, # frozen; on a CPU, with the compiled march two to three times as fast
     images:Tensor, # (N, 3, R, R) uint8: square portraits and nothing else
     out, # NAME.safetensors; the card goes to NAME.json, the state of an unfinished run to NAME.state
     minutes:float|None=None, steps:int|None=None, # budget: one of them, or whichever ends first

@@ -222,7 +222,7 @@ def invert(
     overwrite:Annotated[bool, typer.Option("--overwrite", help="Replace results that are there.")]=False,
     mesh:Annotated[bool, typer.Option(help="Write mesh.glb.")]=True,
     video:Annotated[bool, typer.Option(help="Write turntable.mp4.")]=True,
-    compiled:Annotated[bool, typer.Option("--compiled", help="Render by the compiled march: several times as fast on a CPU; needs a C++ compiler.")]=False,
+    compiled:Annotated[bool, typer.Option("--compiled", help="Render by the compiled march: two to three times as fast on a CPU; needs a C++ compiler.")]=False,
     progress:Annotated[bool, typer.Option(help="Show a progress bar with the losses.")]=True,
 ) -> Outcome:
     "Turn images into 3D-consistent reconstructions."
@@ -402,10 +402,10 @@ def evaluate(
     device:Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]="auto",
     seed:Annotated[int, typer.Option(help="Of everything that is drawn.")]=0,
     views:Annotated[Optional[list[Path]], typer.Option(help="Score the pictures of another system too: a folder with views.json; can be given several times.", show_default=False)]=None,
-    inputs:Annotated[Optional[Path], typer.Option(help="Only write the sets' input pictures, with the truth as an example of views.json, one folder a set.", show_default=False)]=None,
+    inputs:Annotated[Optional[Path], typer.Option(help="Only write the sets' input pictures, with the truth as an example of views.json, one folder a set, at the generator's size (at most 256).", show_default=False)]=None,
     pictures:Annotated[int, typer.Option(help="People of each set that the figures show.")]=4,
     resume:Annotated[bool, typer.Option("--resume", help="Go on with the rows that are there.")]=False,
-    compiled:Annotated[bool, typer.Option("--compiled", help="Render by the compiled march: several times as fast on a CPU; needs a C++ compiler.")]=False,
+    compiled:Annotated[bool, typer.Option("--compiled", help="Render by the compiled march: two to three times as fast on a CPU; needs a C++ compiler.")]=False,
     progress:Annotated[bool, typer.Option(help="Show a progress bar.")]=True,
 ) -> list: # all rows in --out
     "Measure methods against the truth: rows, tables and figures."
@@ -458,7 +458,7 @@ def train(
     batch:Annotated[int, typer.Option(help="Images a step, over all processes.")]=32,
     seed:Annotated[int, typer.Option(help="Of everything that is drawn.")]=0,
     device:Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]="auto",
-    compiled:Annotated[bool, typer.Option("--compiled", help="Render by the compiled march: several times as fast on a CPU; needs a C++ compiler.")]=False,
+    compiled:Annotated[bool, typer.Option("--compiled", help="Render by the compiled march: two to three times as fast on a CPU; needs a C++ compiler.")]=False,
     progress:Annotated[bool, typer.Option(help="Show a progress bar.")]=True,
 ): # the TrainState
     """Train a pose-free generator on unposed images.
@@ -589,7 +589,7 @@ def train_encoder(
     overwrite:Annotated[bool, typer.Option("--overwrite", help="Replace an encoder that is there.")]=False,
     seed:Annotated[int, typer.Option(help="Of everything that is drawn.")]=0,
     device:Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]="auto",
-    compiled:Annotated[bool, typer.Option("--compiled", help="Render by the compiled march: several times as fast on a CPU; needs a C++ compiler.")]=False,
+    compiled:Annotated[bool, typer.Option("--compiled", help="Render by the compiled march: two to three times as fast on a CPU; needs a C++ compiler.")]=False,
     progress:Annotated[bool, typer.Option(help="Show a progress bar.")]=True,
 ): # the LatentEncoder
     "Train the encoder that belongs to a generator."

@@ -177,6 +177,9 @@ def image_suffixes() -> set: # ".png" ...
     return {s for s, f in Image.registered_extensions().items() if f in readable()}
 
 def _decode(img, path, max_pixels):
+    if img.format == "PNG": # Pillow hands out 16-bit colour as 8 bits, without a word
+        with open(path, "rb") as f: bits = f.read(25)[-1]
+        if bits == 16: raise InputError(f"{str(path)!r}: expected 8 bits a channel, got a PNG of 16; convert it to 8 bits first")
     w, h = img.size
     if max(w, h) > MAX_SIDE or w * h > max_pixels:
         raise InputError(f"{str(path)!r}: expected at most {MAX_SIDE:,} a side and {max_pixels:,} pixels, got {w:,} x {h:,} (not decoded)")
@@ -427,7 +430,9 @@ def read_torch(source, name:str): # source: a path, or bytes
         if b"bytearray" in data: raise bad("it asks for byte arrays")
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except InputError: raise
-    except Exception as e: raise bad(' '.join(str(e).split())[:160] or type(e).__name__) from e
+    except Exception as e: # torch's reason, without its advice to load the file all the same
+        why = ' '.join(str(e).split()).split("WeightsUnpickler error: ")[-1].split(". Please use")[0].split(" Check the documentation")[0]
+        raise bad(why[:160] or type(e).__name__) from e
 
 # %% ../nbs/00_core.ipynb #reco0002
 class Figures(dict):

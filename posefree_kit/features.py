@@ -245,7 +245,7 @@ def perceptual_distance(
 # %% ../nbs/10_features.ipynb #40994448
 @torch.no_grad()
 def calibrate(net:PortraitEncoder, strangers:Tensor) -> PortraitEncoder: # strangers: (B, 3, S, S), all different people
-    "Set `layer_scale` so that strangers are 0.5 apart, each layer giving the same part"
+    "Set `layer_scale` so that these people are 0.5 apart on average, each layer giving the same part"
     maps = [unit(m) for m in net.features(strangers)]
     apart = compare_maps(maps, [m.roll(1, 0) for m in maps]).mean(1)
     net.layer_scale.copy_(.5 / len(maps) / apart)
@@ -414,7 +414,7 @@ def find_weights(name:str, published:Weights, weights=None, download:bool=False)
         _reachable(name, published.url, f"put the file at {path}, or give weights=FILE")
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(published.url, str(path), progress=False)
-    if (given := path.stem.rsplit("-", 1)[-1]) and "torch" in published.url and not sha256(path).startswith(given):
+    if published.url.startswith(TORCHVISION) and not sha256(path).startswith(given := path.stem.rsplit("-", 1)[-1]): # torchvision's names end in their hash
         raise InputError(f"{name}: expected a file whose sha256 begins with {given}, as its name says, at {path}; got {sha256(path)[:8]} (cut short?): delete it")
     return path
 

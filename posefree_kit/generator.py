@@ -222,6 +222,7 @@ class GeneratorConfig:
         if not all(c == () or len(c) == 2 and all(isinstance(x, (int, float)) for x in c) for c in self.pose_clamp): raise InputError(f"GeneratorConfig.pose_clamp: expected (lowest, highest) or () twice, got {self.pose_clamp}")
         if not 0 <= self.view_dim < min(self.z_dim, self.w_dim): raise InputError(f"GeneratorConfig.view_dim: expected 0 .. w_dim - 1, got {self.view_dim}")
         if self.background == "white" and self.march != "eg3d": raise InputError("GeneratorConfig: a white background is part of the march 'eg3d'")
+        if self.pose_extra != "none" and self.pose_rule != "look_at": raise InputError(f"GeneratorConfig.pose_extra: expected pose_rule='look_at' with a third output ({self.pose_extra!r}), got {self.pose_rule!r}")
         if self.samples < 2: raise InputError(f"GeneratorConfig.samples: expected at least 2 along a ray, got {self.samples}")
         if not self.mapping_layers and self.z_dim != self.w_dim: raise InputError(f"GeneratorConfig: without a mapping layer, expected z_dim == w_dim, got {self.z_dim} and {self.w_dim}")
         if self.view_dim and self.z_dim != self.w_dim: raise InputError("GeneratorConfig: a view part needs z_dim == w_dim")
@@ -461,11 +462,11 @@ class Generator(nn.Module):
     compiled = False # set by `compile_march`
 
     def compile_march(self):
-        "Use the compiled march for float32 on the CPU from now on: the same pictures to rounding, several times as fast; an `InputError` where that cannot be"
+        "Use the compiled march for float32 on the CPU from now on: the same pictures to rounding, two to three times as fast; an `InputError` where that cannot be"
         c = self.config
-        if c.march != "plain" or c.decoder_act != "lrelu" or c.fine_samples or (c.plane_channels, c.decoder_hidden, c.features) not in ((16, 32, 3), (32, 64, 3)):
-            raise InputError(f"compiled march: expected the plain march, a lrelu decoder of 16 / 32 / 3 or 32 / 64 / 3 and no fine samples, got march {c.march}, {c.decoder_act} {c.plane_channels} / {c.decoder_hidden} / {c.features}, {c.fine_samples} fine samples")
-        if self.w_avg.device.type != "cpu": raise InputError(f"compiled march: expected a generator on the CPU, got one on {self.w_avg.device}")
+        if c.march != "plain" or c.decoder_act != "lrelu" or c.fine_samples or c.samples > 128 or (c.plane_channels, c.decoder_hidden, c.features) not in ((16, 32, 3), (32, 64, 3)):
+            raise InputError(f"compiled march: expected the plain march, a lrelu decoder of 16 / 32 / 3 or 32 / 64 / 3 at most 128 samples and no fine samples, got march {c.march}, {c.decoder_act} {c.plane_channels} / {c.decoder_hidden} / {c.features}, {c.samples} samples, {c.fine_samples} fine samples")
+        if self.w_avg.device.type != "cpu": raise InputError(f"compiled march: expected a generator on the CPU, got one on {self.w_avg.device}: leave --compiled (compile_march) out, or give --device cpu")
         march_library()
         self.compiled = True
         return self

@@ -71,7 +71,7 @@ def multiview(
     pose:Pose, # (B,) where the reference was rendered
     offsets:Pose, # (K,) delta-theta, radians
     psi, # perceptual features: (B, 3, H, W) -> list of (B, C, h, w)
-    grad_depth:bool=False, # let gradients through the depths of the warp too (default: through the rendered colours only)
+    grad_depth:bool=False, # let gradients through the warp too: the depth of the reference, and both cameras (default: through the rendered colours only)
     target:Tensor|None=None, # (B, 3, H, W): compare with the input photo instead of the reconstruction
     size:int|None=None, # pixels a side of the volume rendering
 ) -> Tensor: # (B,)

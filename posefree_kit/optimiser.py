@@ -30,7 +30,8 @@ class Schedule:
     def __post_init__(self):
         number = lambda x: isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) < math.inf
         whole = all(isinstance(q, tuple) and len(q) == 2 and all(map(number, q)) for q in self.points)
-        if not self.points or not whole or list(self.points) != sorted(self.points, key=lambda q: q[0]): raise InputError(f"Schedule: expected points with rising progress, got {self.points}")
+        if not self.points or not whole: raise InputError(f"Schedule: expected (progress, value) tuples of finite numbers, at least one, got {self.points}")
+        if list(self.points) != sorted(self.points, key=lambda q: q[0]): raise InputError(f"Schedule: expected points with rising progress, got {self.points}")
     def __call__(self, progress:float) -> float:
         points = self.points
         if progress <= points[0][0]: return float(points[0][1])
@@ -78,7 +79,7 @@ class InvertConfig:
     mv_every:int = 4 # steps between evaluations of Eq. 4 (its weight is multiplied by this)
     mv_yaw:Schedule = ramp((0, .1), (1, .2)) # largest yaw of delta theta, radians; views come in pairs +-
     mv_pitch:Schedule = ramp((0, .05), (1, .1)) # largest pitch of delta theta, radians
-    mv_grad_depth:bool = False # gradients of Eq. 4 also go through the depths of the warp
+    mv_grad_depth:bool = False # gradients of Eq. 4 also go through the warp: the depth of the reference, and both cameras
     w_prior:float = 5e-3 # weight of |w - w_avg|
     delta_prior:float = 0. # weight of the squared deltas; with e4e's habit of holding them (1e-3) every figure was worse on held-out portraits, novel views included
     perceptual:str = "portrait" # psi, a name that `load_perceptual` knows
@@ -87,7 +88,8 @@ class InvertConfig:
 
     def __post_init__(self):
         if self.space not in ("w", "w+"): raise InputError(f"InvertConfig.space: expected 'w' or 'w+', got {self.space!r}")
-        if not self.stages or any(s.steps < 0 for s in self.stages) or self.steps < 1: raise InputError(f"InvertConfig.stages: expected at least 1 step in all, got {[s.steps for s in self.stages]}")
+        if any(s.steps < 0 for s in self.stages): raise InputError(f"InvertConfig.stages: expected no stage of less than 0 steps, got {[s.steps for s in self.stages]}")
+        if not self.stages or self.steps < 1: raise InputError(f"InvertConfig.stages: expected at least 1 step in all, got {[s.steps for s in self.stages]}")
         check_range(self, 0, 1e6, "clip", "noise", "l1", "perceptual_weight", "raw", "w_prior", "delta_prior", "start_steps"); check_range(self, 0, 1, "warmup"); check_range(self, 1, 100_000, "candidates", "starts", "mv_every"); check_range(self, 0, 1 << 40, "seed")
         if self.mv_every < 1 or self.starts < 1 or self.candidates < self.starts: raise InputError("InvertConfig: expected mv_every >= 1 and candidates >= starts >= 1")
 
@@ -280,7 +282,7 @@ class Step:
     parts:dict # name -> (B,) losses
     weights:dict # name -> lambda
     rate:float # Adam's rate
-    pose:Pose # (B,) before this step
+    pose:Pose # (B,) that this step rendered from: in the first stage, f of the code with the step's noise
     view:View # of this step (at the stage's resolution)
     state:InvertState # the run itself, after this step
 

@@ -110,7 +110,7 @@ def draw(seeds:Tensor, variation:Tensor) -> tuple[dict, dict, list]: # (B,) int6
     p |= {n: r[0] + (r[1] - r[0]) * noise(look, n) for n, r in LOOK.items() if n not in ("yaw", "pitch")}
     for n, most in (("yaw", 60), ("pitch", 25)):
         z = math.sqrt(2) * torch.erfinv((2 * noise(look, n) - 1).clamp(-.9999, .9999))
-        p[n] = (z * LOOK[n][1]).clamp(-math.radians(most), math.radians(most))
+        p[n] = (LOOK[n][0] + z * LOOK[n][1]).clamp(-math.radians(most), math.radians(most))
     styles = {}
     for n, share in STYLES.items():
         edges = torch.tensor(list(share.values()), dtype=torch.float64).cumsum(0)
@@ -368,7 +368,7 @@ def normals(x, y, z, p:Params, eps=1e-3): # (B, N) each -> (B, 3, N)
 # %% ../nbs/02_portraits.ipynb #08b01b48
 def lerp(a, b, w): return a + (b - a) * w # any shapes
 
-def paint(x, y, z, n, p:Params): # (B, N) each, n (B, 3, N) -> albedo (B, 3, N), gloss (B, 1, N)
+def paint(x, y, z, n, p:Params): # (B, N) each; n (B, 3, N) is not used -> albedo (B, 3, N)
     "The colour of each surface point"
     ax, dist = x.abs(), parts(x, y, z, p)
     skin, eye, hair, cloth, hat, glasses = dist
@@ -456,7 +456,7 @@ def _paint_text(c, x, y, z, p):
     return lerp(c, 0 * c + x.new_tensor([.1, .12, .35])[:, None], ink[:, None] * .9)
 
 # %% ../nbs/02_portraits.ipynb #50ab78a9
-def shade(c, n, x, y, z, p): # albedo (B, 3, N) -> colour in [0, 1]
+def shade(c, n, x, y, z, p): # albedo (B, 3, N) -> colour (B, 3, N) from 0, above 1 where it is bright (cut when the picture is made)
     "Lambert, sky and a highlight that does not move with the viewer: all fixed to the head"
     e = .045
     open_ = (distance(x + n[:, 0] * e, y + n[:, 1] * e, z + n[:, 2] * e, p) / e).clamp(0, 1)[:, None]

@@ -49,7 +49,7 @@ class PoseFreeGenerator(Generator):
         return self.reader.read_pose(image)
 
     def pose(self, w:Tensor) -> Pose: # (B, w_dim)
-        "The viewpoint that w carries (paper, Section 3.2); always from the untruncated base w, never from per-layer ws"
+        "The viewpoint that w carries (paper, Section 3.2), from a base w, never from per-layer ws; with `view_dim=0` a truncated w has another pose than the whole one"
         check_shape(w, "B W", "w", W=self.config.w_dim)
         return self.pose_learner(w)
 

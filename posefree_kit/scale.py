@@ -308,8 +308,9 @@ def share(
                 continue
             worker, b = busy.pop(promise)
             if not isinstance(value, Lost): idle.append(worker); yield from whole.add(b.number, *value); continue
-            say(f"a worker died ({value}): its {len(b.items)} image{'s go' if len(b.items) > 1 else ' goes'} to another")
             crew.fire(worker); hired.add(crew.hire()); b.lost += 1
+            n = len(b.items)
+            say(f"a worker died ({value}): " + (f"its {n} image{'s go' if n > 1 else ' goes'} to another" if b.lost <= retries else f"its {n} images go on one by one" if n > 1 else "its image is given up, a row with an error"))
             if b.lost <= retries: again.append(b)
             elif len(b.items) > 1: again.extend(whole.split(b, b.lost))
             else: yield from whole.add(b.number, [failed_row(b.items[0], f"expected a worker to live through it, got {b.lost} that died")], [])

@@ -565,7 +565,7 @@ def fit(
     resume:bool=True, # go on with the state in `out`, if there is one
     start:TrainState|None=None, # begin from this state instead of fresh networks (growing)
     easy:UnposedImages|None=None, # easier pictures to begin with, replaced bit by bit by `images` (`TrainConfig.easy_kimg`)
-    compiled:bool=False, # render by the compiled march (CPU; several times as fast)
+    compiled:bool=False, # render by the compiled march (CPU; two to three times as fast)
     watch=None, # called as watch(state) -> dict of figures at each save: looks on, changes nothing
     save_minutes:float=3., # minutes between saves
     device="auto", progress:bool=True,
@@ -584,6 +584,7 @@ def fit(
     for x in (images, easy):
         if x is not None and x.resolution != s.G.resolution: raise InputError(f"fit: expected images of {s.G.resolution} pixels, got {x.resolution}")
     share.rows(s.config.batch, s.D.config.group) # an uneven split shows at once
+    if compiled: s.G.compile_march(); s.ema.compile_march()
     if not found and share.main: save_state(s, out/STATE) # there is a state to go back to, and a folder that cannot be written shows at once
     log, t0 = _log(out, s), time.time()
     last, seen0, recent = t0, s.seen, []
@@ -598,7 +599,6 @@ def fit(
     bar = tqdm(total=round(kimg, 3) if kimg else None, initial=round(s.kimg, 3), unit="kimg", disable=not (progress and share.main), mininterval=2)
     advice = f"half of TrainConfig.batch (now {s.config.batch}; --batch {s.config.batch // 2 or 1} in a new folder) takes about half of it"
     with bar, finish_steps() as stop, memory_advice(advice):
-        if compiled: s.G.compile_march(); s.ema.compile_march()
         over = lambda: bool(stop) or minutes is not None and time.time() - t0 >= minutes * 60 or kimg is not None and s.kimg >= kimg
         while not share.any(over()):
             try:

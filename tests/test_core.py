@@ -1,5 +1,5 @@
 "Files, shapes, seeds, configuration: what must hold for any input."
-import dataclasses
+import dataclasses, struct, zlib
 import numpy as np
 import pytest
 import torch
@@ -22,6 +22,17 @@ def test_image_modes(tmp_path, mode, ok):
     if ok: assert load_image(path).shape == (1, 3, 6, 6)
     else:
         with pytest.raises(InputError, match="8 bits"): load_image(path)
+
+
+@pytest.mark.parametrize("colour,channels", [(0, 1), (2, 3), (4, 2), (6, 4)])
+def test_sixteen_bits_are_refused(tmp_path, colour, channels):
+    "Pillow opens 16-bit colour as 8 bits and says nothing; the header does"
+    chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    for bits in (8, 16):
+        rows = (b"\0" + b"\x80" * (4 * channels * bits // 8)) * 4
+        (tmp_path / f"{bits}.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 4, 4, bits, colour, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+    assert load_image(tmp_path / "8.png").shape == (1, 3, 4, 4)
+    with pytest.raises(InputError, match="8 bits a channel"): load_image(tmp_path / "16.png")
 
 
 @pytest.mark.parametrize("data", [b"", b"text", b"\x89PNG\r\n\x1a\n" + b"\0" * 40])

@@ -187,7 +187,7 @@ def test_lpips_finds_torchs_cache_and_checks_the_hash(no_caches):
     torch.save(torchvision.models.squeezenet1_1(weights=None).state_dict(), folder/"squeezenet1_1-b8a52dc0.pth")
     with pytest.raises(InputError, match="sha256 begins with b8a52dc0"): load_perceptual("lpips-squeeze")
 
-def test_facenet_from_a_file(tmp_path, noise):
+def test_facenet_from_a_file(tmp_path, noise, monkeypatch):
     facenet_pytorch = pytest.importorskip("facenet_pytorch")
     torch.manual_seed(0)
     net = facenet_pytorch.InceptionResnetV1(pretrained=None).eval()
@@ -197,6 +197,9 @@ def test_facenet_from_a_file(tmp_path, noise):
     assert torch.allclose(phi.embed(noise), expected, atol=1e-4)
     gradient_flows(lambda x: phi.embed(x)[:, 0], noise)
     assert backends(load_perceptual(), phi)["identity"] == f"facenet (vggface2.pt sha256:{sha256(tmp_path/'vggface2.pt')[:12]})"
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path/"torch")) # and from the cache, whose file's name holds no hash
+    cached = tmp_path/"torch"/"checkpoints"/"20180402-114759-vggface2.pt"; cached.parent.mkdir(parents=True); (tmp_path/"vggface2.pt").rename(cached)
+    with torch.no_grad(): assert torch.allclose(load_identity("facenet").embed(noise), expected, atol=1e-4)
 
 def test_clip_from_a_file(tmp_path, noise):
     open_clip = pytest.importorskip("open_clip")

@@ -117,6 +117,8 @@ def test_compiled_march_with_fixed_weights(size):
 
 def test_compiled_march_refuses_what_it_cannot_do(monkeypatch):
     with pytest.raises(InputError, match="got march plain, lrelu 4 / 32 / 3"): Generator(SMALL).compile_march()
+    with pytest.raises(InputError, match="200 samples"): Generator(GeneratorConfig(samples=200)).compile_march()
+    with pytest.raises(InputError, match="pose_extra"): GeneratorConfig(pose_extra="radius")
     with pytest.raises(InputError, match="no fine samples"): Generator(GeneratorConfig(fine_samples=4)).compile_march()
     with pytest.raises(InputError, match="expected a generator on the CPU, got one on meta"): Generator().to("meta").compile_march()
     monkeypatch.setenv("CXX", "no-such-compiler")
