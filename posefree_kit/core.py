@@ -182,9 +182,8 @@ def _decode(img, path, max_pixels):
         raise InputError(f"{str(path)!r}: expected at most {MAX_SIDE:,} a side and {max_pixels:,} pixels, got {w:,} x {h:,} (not decoded)")
     if img.mode.startswith("I") or img.mode == "F":
         raise InputError(f"{str(path)!r}: expected 8 bits a channel, got mode {img.mode} (16 or 32 bits); convert it to 8 bits first")
-    if img.format == "PNG": # Pillow hands out 16-bit colour as 8 bits, without a word
-        with open(path, "rb") as f: bits = f.read(25)[-1]
-        if bits == 16: raise InputError(f"{str(path)!r}: expected 8 bits a channel, got a PNG of 16; convert it to 8 bits first")
+    deep = lambda args: ";16" in str(args) or isinstance(args, tuple) and len(args) == 2 and args[0] == "RGB" and isinstance(args[1], int) and args[1] > 255 # PNG and TIFF; PPM with its largest value
+    if any(deep(tile[3]) for tile in img.tile): raise InputError(f"{str(path)!r}: expected 8 bits a channel, got 16, which Pillow would cut without a word; convert it to 8 bits first")
     if w * h > MANY_PIXELS: img = ImageOps.exif_transpose(img).convert("RGBA" if "transparency" in img.info or "A" in img.mode else "RGB").reduce(math.ceil(math.sqrt(w * h / MANY_PIXELS)))
     return image_to_tensor(ImageOps.exif_transpose(img))
 
@@ -432,7 +431,7 @@ def read_torch(source, name:str): # source: a path, or bytes
     except InputError: raise
     except Exception as e: # torch's reason, without its advice to load the file all the same
         why = ' '.join(str(e).split()).split("from a trusted source. ")[-1].split("WeightsUnpickler error: ")[-1].split(". Please use")[0].split(" Check the documentation")[0]
-        raise bad(why[:160] or type(e).__name__) from e
+        raise bad(f"torch cannot read it: {why[:160] or type(e).__name__}") from e
 
 # %% ../nbs/00_core.ipynb #reco0002
 class Figures(dict):

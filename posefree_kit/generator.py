@@ -465,7 +465,7 @@ class Generator(nn.Module):
         "Use the compiled march for float32 on the CPU from now on: the same pictures to rounding, two to three times as fast; an `InputError` where that cannot be"
         c = self.config
         if c.march != "plain" or c.decoder_act != "lrelu" or c.fine_samples or c.samples > 128 or (c.plane_channels, c.decoder_hidden, c.features) not in ((16, 32, 3), (32, 64, 3)):
-            raise InputError(f"compiled march: expected the plain march, a lrelu decoder of 16 / 32 / 3 or 32 / 64 / 3 at most 128 samples and no fine samples, got march {c.march}, {c.decoder_act} {c.plane_channels} / {c.decoder_hidden} / {c.features}, {c.samples} samples, {c.fine_samples} fine samples")
+            raise InputError(f"compiled march: expected the plain march, a lrelu decoder of 16 / 32 / 3 or 32 / 64 / 3, at most 128 samples and no fine samples, got march {c.march}, {c.decoder_act} {c.plane_channels} / {c.decoder_hidden} / {c.features}, {c.samples} samples, {c.fine_samples} fine samples")
         if self.w_avg.device.type != "cpu": raise InputError(f"compiled march: expected a generator on the CPU, got one on {self.w_avg.device}: leave --compiled (compile_march) out, or give --device cpu")
         march_library()
         self.compiled = True

@@ -146,7 +146,7 @@ def fine_depths_eg3d(
     weights:Tensor, # (B, N, S-1) weight of each interval
     u:Tensor, # (B, N, F) in [0, 1]: where in the cumulative weight to look
     pooled:bool=True, # spread the weights first
-    shifted:bool=True, # the published bins; (between midpoints, off by one); False: each weight stays on its own interval, between samples
+    shifted:bool=True, # the published bins (between midpoints, off by one); False: each weight stays on its own interval, between samples
 ) -> Tensor: # (B, N, F)
     "Importance samples as EG3D and PoF3D draw them"
     p = (pooled_weights(weights) if pooled else weights).detach()[..., 1:-1] + 1e-5

@@ -178,6 +178,7 @@ class TrainConfig:
         if self.loss not in ("nonsaturating", "relativistic"): raise InputError(f"TrainConfig.loss: expected nonsaturating or relativistic, got {self.loss!r}")
         check_range(self, 1, 1 << 20, "batch", "r1_every", "density_every"); check_range(self, 0, 1, "read_share", "flip_share", "calibrate", "encode_share", "fall_to", "g_rate", "d_rate", "encode_rate", "ema_ramp"); check_range(self, 0, 64, "blur_px"); check_range(self, 0, 2, "slant"); check_range(self, 1e-4, 10, "symmetry_scale"); check_range(self, 1e-3, 1e6, "ema_kimg", "d_ema_kimg", "match_kimg")
         check_range(self, 0, 1e6, *(k for k in vars(self) if k.endswith(("_gamma", "_weight", "_kimg", "relight")) and k != "fall_kimg"))
+        if self.match_weight and (self.batch < 4 or self.encode_share == 1): raise InputError(f"TrainConfig.match_weight: expected batches of at least 4 and an encode_share under 1, so that there are generated people to match; got a batch of {self.batch} and {self.encode_share}")
         for k in ("condition_kimg", "easy_kimg"):
             if not (len(v := getattr(self, k)) == 2 and v[0] <= v[1]): raise InputError(f"TrainConfig.{k}: expected two numbers, the second no smaller than the first, got {v}")
         if self.fall_kimg and not (len(self.fall_kimg) == 2 and 0 <= self.fall_kimg[0] < self.fall_kimg[1]): raise InputError(f"TrainConfig.fall_kimg: expected () or two rising numbers, got {self.fall_kimg}")

@@ -445,3 +445,10 @@ def test_help_is_quick_and_complete():
     options = posefree("invert", "--help")[1]
     from posefree_kit.optimiser import InvertConfig
     assert all(f"--{word} " in options for word in ("preset", "space", "seed", "perceptual", "identity")) and {"preset", "space", "seed", "perceptual", "identity"} <= set(InvertConfig.__dataclass_fields__)
+
+
+def test_compiled_is_for_cpus():
+    import torch
+    from posefree_kit.cli import march_for
+    march_for(True, torch.device("cpu")); march_for(False, torch.device("cuda"))
+    with pytest.raises(InputError, match="--compiled: expected a CPU, got cuda"): march_for(True, torch.device("cuda"))

@@ -35,6 +35,14 @@ def test_sixteen_bits_are_refused(tmp_path, colour, channels):
     with pytest.raises(InputError, match="8 bits a channel"): load_image(tmp_path / "16.png")
 
 
+def test_sixteen_bits_of_other_formats(tmp_path):
+    for most, ok in ((255, True), (65535, False)):
+        (tmp_path / "x.ppm").write_bytes(b"P6 2 2 %d\n" % most + b"\1" * 12 * (2 if most > 255 else 1))
+        if ok: assert load_image(tmp_path / "x.ppm").shape == (1, 3, 2, 2)
+        else:
+            with pytest.raises(InputError, match="8 bits a channel"): load_image(tmp_path / "x.ppm")
+
+
 @pytest.mark.parametrize("data", [b"", b"text", b"\x89PNG\r\n\x1a\n" + b"\0" * 40])
 def test_not_an_image(tmp_path, data):
     (tmp_path / "x.png").write_bytes(data)

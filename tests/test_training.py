@@ -372,3 +372,5 @@ def test_moments_are_matched(images):
     f = Fakes(s, rng(0), images.batch(4, torch.Generator()))
     assert f.drawn.sum() == 2 and not f.drawn[f.encoded.at].any()
     with pytest.raises(InputError, match="match_kimg"): TrainConfig(match_kimg=0.)
+    for bad in (dict(batch=1), dict(encode_share=1.)):
+        with pytest.raises(InputError, match="match_weight: expected batches of at least 4"): TrainConfig(match_weight=1., **bad)
