@@ -330,23 +330,6 @@ def test_a_folder_of_pictures_is_read_whole_or_refused(tmp_path):
         (tmp_path/name).unlink()
     with pytest.raises(InputError, match="seeds below"): UnposedImages.portraits(2, 8, first=10_000_005)
 
-def test_the_next_generator_is_whole():
-    "data/next: the generator that is to come loads with its encoder, and reads true poses"
-    from posefree_kit.baselines import load_latent_encoder
-    from posefree_kit.checkpoints import load_generator
-    from posefree_kit.portraits import HELD_OUT, portrait_batch
-    from posefree_kit.training import pose_figures
-    folder = Path(__file__).parents[1]/"data"/"next"
-    G = load_generator(str(folder/"wider.safetensors"), "cpu")
-    held = portrait_batch(torch.arange(HELD_OUT, HELD_OUT + 64), 64)
-    found = pose_figures(G, G.reader, held.image, held.pose, 256)
-    assert found["yaw_r"] > .9 and found["pitch_r"] > .9 and .8 < found["yaw_slope"] < 1.2, found
-    with torch.no_grad(): w, _ = load_latent_encoder(G, folder/"latent_encoder.safetensors")(held.image[:2])
-    assert w.shape == (2, G.config.w_dim)
-    last = json.loads((folder/"log.jsonl").read_text().splitlines()[-1])
-    card = json.loads((folder/"wider.json").read_text())
-    assert card["training"]["kimg"] == round(last["kimg"], 1) and card["figures"]["yaw_r"] > .95
-
 def test_slant_and_symmetry_scale_reach_the_step(images):
     "Each changes what it is for, and nothing else of a first step"
     def step(**kw):
