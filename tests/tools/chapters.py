@@ -6,6 +6,7 @@ from pathlib import Path
 import nbformat
 import papermill
 from nbclient.exceptions import CellTimeoutError, DeadKernelError
+from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 from tree import ROOT, notebooks, private_jupyter, tree_copy
 
 FLAGS = ("slow", "gpu", "net") # as tst_flags in settings.ini: cells marked so are left out unless asked for
@@ -47,7 +48,9 @@ def taken(nb, done):
     "Put the outputs of what ran back into the notebook: nothing else of the run stays, no injected cell and no tag"
     ran = {c.id: c for c in done.cells}
     for c in nb.cells:
-        if c.cell_type == "code" and c.id in ran: c.outputs, c.execution_count = ran[c.id].outputs, ran[c.id].execution_count
+        if c.cell_type == "code" and c.id in ran:
+            c.outputs, c.execution_count = ran[c.id].outputs, ran[c.id].execution_count
+            CoalesceStreamsPreprocessor().preprocess_cell(c, {}, 0) # on a busy machine, what was printed together comes in pieces
     still(nb)
 
 def read(path:Path): return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
