@@ -451,7 +451,9 @@ def train(
     kimg:Annotated[Optional[float], typer.Option(help="Stop when the run has seen so many thousand images.", show_default=False)]=None,
     images:Annotated[Optional[Path], typer.Option(help="Train on the images of a folder (square ones).", show_default=False)]=None,
     n:Annotated[int, typer.Option("--portraits", help="Without --images: train on so many simulated portraits.")]=10_000,
-    plain:Annotated[int, typer.Option(help="Begin with so many plain portraits (short hair, nothing worn, one light), replaced bit by bit by the others.")]=0,
+    plain:Annotated[int, typer.Option(help="Without --images: begin with so many plain portraits (short hair, nothing worn, one light), replaced bit by bit by the others.")]=0,
+    easy_images:Annotated[Optional[Path], typer.Option("--easy", help="With --images: begin with the images of this folder, easy ones of the same kind, replaced bit by bit by the others.", show_default=False)]=None,
+    mirror:Annotated[bool, typer.Option(help="Show each image flipped left-right too; not: for pictures with letters or one-sided things.")]=True,
     size:Annotated[int, typer.Option(help="Pixels a side: 16, 32, 64, 128 or 256. With --grow-from, twice the old size.")]=32,
     grow_from:Annotated[Optional[Path], typer.Option(help="A finished run of half the size to start from.", show_default=False)]=None,
     start:Annotated[Optional[str], typer.Option(help="Begin with a trained generator: a shipped name, or a .safetensors file with its discriminator.", show_default=False)]=None,
@@ -491,7 +493,10 @@ def train(
         other = config_from_dict(TrainConfig, config_to_dict(old.config) | given)
         asked += [f"--set {k}={v}" for k, v in given.items() if getattr(other, k) != getattr(old.config, k)]
         if asked: raise InputError(f"--resume: expected the settings that the run in {str(out)!r} began with, got {', '.join(asked)}")
-    if start and plain: raise InputError("--plain: expected a run that begins from nothing or grows, got --start, after which nothing is made easy")
+    for option, v in (("--plain", plain), ("--easy", easy_images)):
+        if start and v: raise InputError(f"{option}: expected a run that begins from nothing or grows, got --start, after which nothing is made easy")
+    if plain and images: raise InputError("--plain: expected simulated portraits, got --images: begin with easy ones of yours by --easy FOLDER")
+    if easy_images and not images: raise InputError("--easy: expected --images too; of simulated portraits, begin with --plain")
     if old and not pose_conditioned and old.D.config.pose_conditioned: raise InputError("--no-pose-conditioned: expected a run that began with it, got one whose discriminator is told the pose")
     where, trained = resolve_device(device), load_generator(start, device) if start else None
     march_for(compiled, where)
@@ -504,11 +509,14 @@ def train(
     size = state.G.resolution if state else old.G.resolution if old else size
     g, d = (None, None) if resume or state else architecture(size, pose_conditioned)
     progress = progress and share.main
-    pictures = training_images(images, n, size, where, progress)
-    easy = training_images(None, plain, size, where, progress, plain=True) if plain else None
-    origin, seen = Path(out)/"started_from.json", dict(data=str(images.name) if images else f"{n} simulated portraits, seeds 0 to {n - 1}", images=len(pictures), plain_images=plain)
-    had = read_json(told) if old and told.exists() else seen
-    if other := [k for k in seen if had.get(k) != seen[k]]: raise InputError(f"--resume: expected the pictures that the run in {str(out)!r} began with, {had.get(other[0])} ({other[0]}), got {seen[other[0]]}")
+    pictures = training_images(images, n, size, where, progress, mirror)
+    easy = training_images(easy_images, plain, size, where, progress, mirror, plain=True) if plain or easy_images else None
+    origin, seen = Path(out)/"started_from.json", dict(data=str(images.name) if images else f"{n} simulated portraits, seeds 0 to {n - 1}", images=len(pictures), plain_images=plain, mirror=mirror)
+    if images: seen |= dict(pictures=_content(pictures))
+    if easy_images: seen |= dict(easy_data=str(easy_images.name), easy_images=len(easy), easy_pictures=_content(easy))
+    had = dict(mirror=True) | read_json(told) if old and told.exists() else seen
+    if images and "pictures" not in had: had["pictures"] = seen["pictures"] # a run from before their content was kept
+    if other := [k for k in dict.fromkeys([*had, *seen]) if had.get(k) != seen.get(k)]: raise InputError(f"--resume: expected the pictures that the run in {str(out)!r} began with, {had.get(other[0])} ({other[0]}), got {seen.get(other[0])}")
     if share.main:
         save_json(seen, writable(out)/told.name)
         if trained: save_json(dict(name=trained.name, sha256=trained.sha256, **(dict(widened=list(wide)) if wide else {}), **(dict(encoder=encoder.card["sha256"] if encoder else None) if encode else {})), origin) # a run that goes on later still says so in its card
@@ -574,13 +582,18 @@ def grown(run, size:int, config, device, given:dict): # given: settings that sta
     usual = dict(fade_kimg=4., blur_kimg=0., condition_kimg=(0., 0.), r1_gamma=gamma, g_rate=.002, d_rate=.0014)
     return grow(small, g.channels[-1], d.channels[0], dataclasses.replace(config, **{k: v for k, v in usual.items() if k not in given}))
 
-def training_images(folder, n:int, size:int, device, progress:bool, plain:bool=False): # -> UnposedImages
+def _content(pictures) -> str: # of UnposedImages
+    "Which pictures they are: the first digits of their SHA-256"
+    from posefree_kit.core import sha256
+    return sha256(pictures.images.numpy().tobytes())[:12]
+
+def training_images(folder, n:int, size:int, device, progress:bool, mirror:bool=True, plain:bool=False): # -> UnposedImages
     "Pictures and nothing else"
     from posefree_kit.core import InputError
     from posefree_kit.training import UnposedImages
-    if folder is not None: return UnposedImages.folder(folder, size)
+    if folder is not None: return UnposedImages.folder(folder, size, mirror=mirror)
     if n < 1: raise InputError(f"expected at least 1 portrait to train on, got {n}")
-    return UnposedImages.portraits(n, size, plain=plain, device=device, progress=progress)
+    return UnposedImages.portraits(n, size, plain=plain, device=device, progress=progress, mirror=mirror)
 
 # %% ../nbs/18_cli.ipynb #5e3a1c71
 @command

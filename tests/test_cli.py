@@ -23,7 +23,7 @@ from posefree_kit.core import InputError, load_image, save_json, sha256
 from posefree_kit.discriminator import Discriminator, DiscriminatorConfig
 from posefree_kit.generator import GeneratorConfig
 from posefree_kit.pose import PoseFreeGenerator
-from posefree_kit.portraits import portrait, portrait_batch
+from posefree_kit.portraits import portrait, portrait_batch, write_portraits
 from posefree_kit.baselines import load_latent_encoder
 from posefree_kit.latent_encoder import LatentEncoder
 from posefree_kit.training import TrainConfig, watch_poses
@@ -346,6 +346,26 @@ def test_train_with_any_setting(tmp_path):
     assert not (tmp_path/"s").exists()
     error(train(tmp_path/"r", "--kimg", 1, "--resume", "--portraits", 13, *asked), "expected the pictures that the run", "12 simulated portraits", "got 13 simulated")
     error(train(tmp_path/"r", "--kimg", 1, "--resume", "--plain", 3, *asked), "expected the pictures that the run", "plain_images")
+
+def test_train_on_easy_pictures_of_ones_own_first(tmp_path):
+    "--easy and --no-mirror reach training, the card and what --resume compares"
+    for name, seeds in (("all", range(9)), ("easy", range(20, 24))): write_portraits(seeds, tmp_path/name, size=16)
+    train = lambda out, *a: posefree("train", "--out", tmp_path/out, "--device", "cpu", "--no-progress", "--size", 16, "--batch", 8, "--images", tmp_path/"all", *a)
+    runs = dict(usual=(), easy=("--easy", tmp_path/"easy"), unmirrored=("--no-mirror",))
+    for name, more in runs.items(): assert train(name, "--kimg", .008, *more)[0] == 0
+    card = {name: json.loads((tmp_path/name/"generator.json").read_text()) for name in runs}
+    assert len({c["sha256"] for c in card.values()}) == 3                            # each saw other pictures
+    assert card["easy"]["easy_images"] == 4 and card["easy"]["easy_data"] == "easy" and "easy_data" not in card["usual"]
+    assert card["usual"]["mirror"] is True and card["unmirrored"]["mirror"] is False and str(tmp_path) not in json.dumps(card)
+    for name, more in runs.items(): assert train(name, "--kimg", .016, "--resume", *more)[0] == 0
+    error(train("easy", "--kimg", 1, "--resume"), "expected the pictures that the run", "easy_data")
+    error(train("unmirrored", "--kimg", 1, "--resume"), "expected the pictures that the run", "mirror")
+    a, b = sorted((tmp_path/"all").glob("*.png"))[3:5]; a.write_bytes(b.read_bytes())                # as many files, of the same names
+    error(train("usual", "--kimg", 1, "--resume"), "expected the pictures that the run", "(pictures)")
+    error(train("s", "--kimg", 1, "--plain", 3), "--plain", "--easy FOLDER")
+    error(posefree("train", "--out", tmp_path/"s", "--kimg", 1, "--easy", tmp_path/"easy"), "--easy: expected --images")
+    error(posefree("train", "--out", tmp_path/"s", "--kimg", 1, "--start", "portraits-small", "--images", tmp_path/"all", "--easy", tmp_path/"easy"), "--easy", "--start")
+    assert not (tmp_path/"s").exists()
 
 def test_train_begins_wider(tmp_path):
     train = lambda out, *a: posefree("train", "--out", out, "--device", "cpu", "--no-progress", "--portraits", 12, "--batch", 8, *a)
