@@ -335,7 +335,7 @@ def surface_still(
             ax = axes[i * (1 + dots) + k]
             ax.plot_surface(x, -z, y, facecolors=colours, rcount=96, ccount=96, lw=0, antialiased=False, shade=False)
             ax.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), zlim=(low[2], high[2]))
-            ax.view_init(8, -90 + turn_deg); ax.set_axis_off(); ax.set_box_aspect([max(b - a, 1e-3) for a, b in zip(low, high)], zoom=1.35); ax.set_title(name, fontsize=9)
+            ax.view_init(8, -90 + turn_deg); ax.set_axis_off(); ax.set_box_aspect([max(b - a, 1e-3) for a, b in zip(low, high)], zoom=1.2); ax.set_title(name, fontsize=9)
         if s is alike[-1]: fig.colorbar(matplotlib.cm.ScalarMappable(norm, table), ax=axes[i * (1 + dots) + dots], shrink=.7, fraction=.05, pad=.02, label=("error" if s.error else "depth") + ", lengths").ax.tick_params(labelsize=8)
     if path is not None: save_figure(fig, path)
     return fig
