@@ -6,12 +6,13 @@
 __all__ = ['OFFSETS', 'MEASURES', 'MS_SSIM_BETAS', 'ORACLE', 'SETS', 'SELF', 'OWN_SEED', 'ABLATIONS', 'FAILURES', 'GROUP',
            'INPUT_VIEW', 'AGAINST_TRUTH', 'VIEWS', 'Measure', 'Judges', 'load_judges', 'protocol', 'image_metrics',
            'depth_error', 'aligned_pose_error', 'normals', 'normal_error', 'PoseOracle', 'train_oracle', 'load_oracle',
-           'frechet', 'generator_figures', 'PortraitSet', 'in_sight', 'set_seeds', 'Truth', 'portrait_truth',
-           'own_truth', 'truth_of', 'Answer', 'answer', 'score', 'parse_rows', 'read_rows', 'Busy', 'RowFile',
-           'resolve', 'check_judges', 'Meter', 'attempt', 'one_of', 'asked', 'evaluate', 'interval', 'groups',
-           'pose_errors', 'means', 'paired', 'verdict', 'label', 'shown', 'markdown_table', 'table', 'differences',
-           'depth_tile', 'strip', 'keep_strips', 'safe', 'stem', 'figure', 'figures', 'named', 'write_tables', 'report',
-           'benchmark', 'read_views', 'read_depth', 'read_answer', 'score_views', 'write_views']
+           'frechet', 'generator_figures', 'frechet_draws', 'PortraitSet', 'in_sight', 'set_seeds', 'Truth',
+           'portrait_truth', 'own_truth', 'truth_of', 'Answer', 'answer', 'score', 'parse_rows', 'read_rows', 'Busy',
+           'RowFile', 'resolve', 'check_judges', 'Meter', 'attempt', 'one_of', 'asked', 'evaluate', 'interval',
+           'groups', 'pose_errors', 'means', 'paired', 'verdict', 'label', 'shown', 'markdown_table', 'table',
+           'differences', 'depth_tile', 'strip', 'keep_strips', 'safe', 'stem', 'figure', 'figures', 'named',
+           'write_tables', 'report', 'benchmark', 'read_views', 'read_depth', 'read_answer', 'score_views',
+           'write_views']
 
 # %% ../nbs/15_evaluation.ipynb #34624b26
 import dataclasses, functools, json, math, os, time
@@ -195,6 +196,17 @@ def frechet(a:Tensor, b:Tensor) -> float: # (N, d), (M, d) features
     ev = torch.linalg.eigvals(ca @ cb).real.clamp(min=0)
     return float((a.mean(0) - b.mean(0)).square().sum() + ca.trace() + cb.trace() - 2 * ev.sqrt().sum())
 
+def _held_out(n:int, size:int) -> tuple: # the first n held-out portraits: images (n, 3, size, size), poses
+    sets = [portrait_batch(torch.arange(i, min(i + 64, HELD_OUT + n)), size) for i in range(HELD_OUT, HELD_OUT + n, 64)]
+    return torch.cat([s.image for s in sets]), Pose.of(torch.cat([s.pose.stack() for s in sets]))
+
+def _generated(G, n:int, seed:int) -> Tensor: # (n, 3, R, R) on the CPU
+    return torch.cat([G.sample(64, seed + i)[1].rgb.cpu() for i in range(-(-n // 64))])[:n]
+
+def _embed(image:Tensor) -> Tensor: # (N, 3, R, R) -> (N, d): what the Frechet distance compares
+    encoder = load_identity("portrait-eval", device="cpu")
+    return torch.cat([encoder.embed(c) for c in image.split(128)])
+
 @torch.no_grad()
 def generator_figures(
     G:PoseFreeGenerator, # with its discriminator (`read_pose`)
@@ -203,13 +215,10 @@ def generator_figures(
     seed:int=1,
 ) -> dict:
     "Everything that can be said of a generator against the simulator's truth, without inverting"
-    size, oracle, encoder = G.resolution, load_oracle(), load_identity("portrait-eval", device="cpu")
-    real = [portrait_batch(torch.arange(i, min(i + 64, HELD_OUT + 2 * portraits)), size) for i in range(HELD_OUT, HELD_OUT + 2 * portraits, 64)]
-    image, pose = torch.cat([r.image for r in real]), Pose.of(torch.cat([r.pose.stack() for r in real]))
+    oracle = load_oracle()
+    image, pose = _held_out(2 * portraits, G.resolution)
     out = pose_figures(G, G.reader, image[:portraits], pose[:portraits])
-    own = torch.cat([G.sample(64, seed + i)[1].rgb.cpu() for i in range(-(-portraits // 64))])[:portraits]
-    emb = lambda x: torch.cat([encoder.embed(c) for c in x.split(128)])
-    ea, eb, eg = emb(image[:portraits]), emb(image[portraits:]), emb(own)
+    (ea, eb), eg = _embed(image).split(portraits), _embed(_generated(G, portraits, seed))
     w = G.mapping(G.draw(people, seed + 999)); planes = G.planes(w)
     asked = torch.tensor([-30., -20, -10, 0, 10, 20, 30])
     got = torch.stack([oracle(G.render(planes, Pose.deg([float(y)] * people, device=w.device)).rgb.cpu()).degrees()[:, 0] for y in asked])       # (7, people)
@@ -218,6 +227,24 @@ def generator_figures(
     out |= dict(yaw_spread_ratio=out["generated_yaw_sd"] / out["true_yaw_sd"], pitch_spread_ratio=out["generated_pitch_sd"] / out["true_pitch_sd"], turn_slope=float(slopes.mean()), turn_slope_sd=float(slopes.std()),
                 yaw_leak_deg=float(got[3].std()), frechet_ratio=frechet(eg, eb) / frechet(ea, eb), portraits=portraits, people=people)
     return {k: round(v, 3) if isinstance(v, float) else v for k, v in out.items()}
+
+@torch.no_grad()
+def frechet_draws(
+    G:PoseFreeGenerator,
+    portraits:int=1024, # in each set, as in `generator_figures`
+    draws:int=4, # sets of generated people
+    halvings:int=8, # ways to halve the real portraits
+    seed:int=1,
+) -> dict: # `ratios` of each set of people, by the protocol of `generator_figures` (the first is its `frechet_ratio`); `real` distances of halves drawn at random, in units of the two halves that it compares; `ratio` of the means over sets and halves, for these portraits; `variance` of the real features, in the same units
+    "How much of `frechet_ratio` is chance: the same for other generated people, and for other halves of the same real portraits (ours)"
+    real = _embed(_held_out(2 * portraits, G.resolution)[0])
+    own = [_embed(_generated(G, portraits, seed + 1000 * k)) for k in range(draws)]
+    unit = frechet(real[:portraits], real[portraits:])
+    halves = [real[torch.randperm(len(real), generator=rng(seed + k))].split(portraits) for k in range(halvings)]
+    apart = [frechet(a, b) for a, b in halves]
+    far = [frechet(e, half) for e in own for pair in halves for half in pair]
+    return dict(ratios=[round(frechet(e, real[portraits:]) / unit, 3) for e in own], real=[round(x / unit, 3) for x in apart],
+                ratio=round(sum(far) / len(far) / (sum(apart) / len(apart)), 3), variance=round(float(real.T.cov().trace()) / unit, 1), portraits=portraits)
 
 # %% ../nbs/15_evaluation.ipynb #c0a11005
 def _is(styles:dict, group:str, *names) -> Tensor: return torch.isin(styles[group], torch.tensor([list(STYLES[group]).index(n) for n in names])) # (B,) of bool

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import statistics
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from posefree_kit.camera import FOCAL, Pose
 from posefree_kit.checkpoints import save_checkpoint
 from posefree_kit.core import InputError, load_image, rng, save_image, save_json
 from posefree_kit.discriminator import Discriminator, DiscriminatorConfig
-from posefree_kit.evaluation import ABLATIONS, MEASURES, OFFSETS, SELF, SETS, Answer, Busy, Judges, RowFile, answer, attempt, benchmark, differences, evaluate, image_metrics, in_sight, interval, label, means, named, \
+from posefree_kit.evaluation import ABLATIONS, MEASURES, OFFSETS, SELF, SETS, Answer, Busy, Judges, RowFile, answer, attempt, benchmark, differences, evaluate, frechet_draws, image_metrics, in_sight, interval, label, means, named, \
     normal_error, one_of, own_truth, paired, portrait_truth, pose_errors, protocol, read_rows, read_views, report, resolve, score, score_views, set_seeds, shown, table, verdict, write_views
 from posefree_kit.generator import GeneratorConfig
 from posefree_kit.optimiser import DivergedError, Inversion, quick
@@ -236,6 +237,18 @@ def test_ablations_change_what_they_say():
         with pytest.raises(InputError): resolve(bad[0], quick(), bad[1])
 
 # Tables
+
+def test_a_generator_that_draws_portraits_is_as_far_as_portraits_are():
+    "Other people of the simulator's are at 1; the same few colours for everybody are far"
+    class Perfect:
+        resolution = 16
+        def sample(self, n, seed): return None, SimpleNamespace(rgb=portrait_batch(torch.arange(n) + 4_000_000 + 100 * seed, 16).image)
+    class Flat(Perfect):
+        def sample(self, n, seed): return None, SimpleNamespace(rgb=torch.rand(n, 3, 1, 1, generator=rng(seed)).mul(2).sub(1).expand(-1, -1, 16, 16))
+    good, bad = (frechet_draws(g(), portraits=64, draws=2, halvings=4) for g in (Perfect, Flat))
+    assert .7 < good["ratio"] < 1.4 and bad["ratio"] > 3 and good["real"] == bad["real"], (good, bad)
+    assert len(good["ratios"]) == 2 and len(good["real"]) == 4 and good["variance"] == bad["variance"] > 1
+
 
 def test_intervals_cover_and_are_the_same_every_time():
     draws = rng(1)
