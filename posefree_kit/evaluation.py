@@ -237,6 +237,7 @@ def frechet_draws(
     seed:int=1,
 ) -> dict: # `ratios` of each set of people, by the protocol of `generator_figures` (the first is its `frechet_ratio`); `real` distances of halves drawn at random, in units of the two halves that it compares; `ratio` of the means over sets and halves, for these portraits; `variance` of the real features, in the same units
     "How much of `frechet_ratio` is chance: the same for other generated people, and for other halves of the same real portraits (ours)"
+    if portraits < 2 or draws < 1 or halvings < 1: raise InputError(f"frechet_draws: expected at least 2 portraits, 1 draw and 1 halving, got {portraits}, {draws} and {halvings}")
     real = _embed(_held_out(2 * portraits, G.resolution)[0])
     own = [_embed(_generated(G, portraits, seed + 1000 * k)) for k in range(draws)]
     unit = frechet(real[:portraits], real[portraits:])

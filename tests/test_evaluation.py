@@ -236,8 +236,6 @@ def test_ablations_change_what_they_say():
     for bad in (("latnt", "full"), ("latent", "no_everything"), ("latent:z", "full")):
         with pytest.raises(InputError): resolve(bad[0], quick(), bad[1])
 
-# Tables
-
 def test_a_generator_that_draws_portraits_is_as_far_as_portraits_are():
     "Other people of the simulator's are at 1; the same few colours for everybody are far"
     class Perfect:
@@ -248,7 +246,9 @@ def test_a_generator_that_draws_portraits_is_as_far_as_portraits_are():
     good, bad = (frechet_draws(g(), portraits=64, draws=2, halvings=4) for g in (Perfect, Flat))
     assert .7 < good["ratio"] < 1.4 and bad["ratio"] > 3 and good["real"] == bad["real"], (good, bad)
     assert len(good["ratios"]) == 2 and len(good["real"]) == 4 and good["variance"] == bad["variance"] > 1
+    with pytest.raises(InputError, match="at least 2 portraits, 1 draw"): frechet_draws(Perfect(), portraits=64, draws=0)
 
+# Tables
 
 def test_intervals_cover_and_are_the_same_every_time():
     draws = rng(1)
