@@ -26,9 +26,8 @@ $(STAMP):
 
 demo: setup ## invert a portrait with the shipped generator: make demo [PORTRAIT=face.png]
 	@test -n "$(PORTRAIT)" || { echo "expected a portrait in data/, found none"; exit 1; }
-	$(BIN)/posefree invert $(PORTRAIT) --out out/demo --overwrite
-	@echo && echo "The pictures are in out/demo/$(basename $(notdir $(PORTRAIT)))/ (open comparison.png first):" \
-		&& ls out/demo/$(basename $(notdir $(PORTRAIT)))
+	$(BIN)/posefree invert "$(PORTRAIT)" --out out/demo --overwrite
+	@file=$$(basename "$(PORTRAIT)") && echo && echo "The pictures are in out/demo/$${file%.*}/ (open comparison.png first):" && ls "out/demo/$${file%.*}"
 
 test: setup ## library and notebooks agree, every notebook runs by papermill and keeps its figures, pytest (in a browser too, where Chromium is installed)
 	@rc=0; $(RUN) $(BIN)/python tests/tools/agree.py || rc=1; $(RUN) $(BIN)/python tests/notebooks/run.py || rc=1; \

@@ -19,8 +19,8 @@ from torch import Tensor
 from . import losses
 from .camera import Pose, mirror, turn
 from .checkpoints import ASSETS
-from .core import DivergedError, InputError, check_shape, config_from_dict, config_to_dict, finish_steps, load_values, read_json, read_network, resize, rng, save_json, save_values, sha256, tensor_bytes, whole_file
-from .features import load_identity, load_perceptual
+from .core import DivergedError, InputError, check_range, check_shape, config_from_dict, config_hash, config_to_dict, ending, finish_steps, load_values, read_json, read_network, resize, rng, save_json, save_values, sha256, tensor_bytes, whole_file
+from .features import default_identity, default_perceptual, load_identity, load_perceptual
 from .generator import Planes, View
 from .latent_encoder import LatentEncoder, LatentEncoderConfig, fresh_encoder
 from .optimiser import FreePose, Inversion, InvertConfig, InvertState, Networks, Step, constant, invert, prepare, quick, render_at, result, search_start, warm_cosine, with_steps
@@ -45,11 +45,11 @@ def pose_opt(
     "3D GAN Inversion with Pose Optimization (Ko et al. 2023): the code and a camera of its own, by the losses of the configuration"
     t0 = time.time()
     nets, target = prepare(image, generator, config, psi, phi)
-    w, starts = search_start(nets, target, config)
+    w, starts, lost = search_start(nets, target, config)
     start = camera.start or (generator.pose(w) if generator.reader is None else generator.read_pose(target))
-    free = FreePose(start.stack().detach().clone(), camera.rate, round(config.steps * camera.preheat)) if camera.free else None
-    inv = invert(target, generator, config, callback, InvertState(w, free=free), nets.psi, nets.phi)
-    inv.report |= dict(method="pose_opt", seconds=round(time.time() - t0, 2), start_scores=starts.tolist())
+    free = FreePose(start.stack().detach().to(w).clone(), camera.rate, round(config.steps * camera.preheat)) if camera.free else None
+    inv = invert(target, generator, config, callback, InvertState(w, free=free, searched=lost), nets.psi, nets.phi)
+    inv.report |= dict(method="pose_opt", seconds=round(time.time() - t0, 2), start_scores=None if starts is None else starts.tolist())
     return inv
 
 # %% ../nbs/14_baselines.ipynb #c72dee7f
@@ -97,6 +97,7 @@ class TunedBatch:
         return Planes(*(torch.cat(x) for x in zip(*(G.planes(w[None]) for G, w in zip(self.members, ws)))))
     def render(self, planes:Planes, pose:Pose, **kwargs) -> View: # pose (B n,), grouped by latent
         n = len(pose) // len(self.members)
+        if n * len(self.members) != len(pose): raise InputError(f"TunedBatch: expected as many poses as generators (or a multiple), got {len(pose)} poses and {len(self.members)} generators")
         return View(*(torch.cat(x) for x in zip(*(G.render(planes[i:i + 1], pose[i * n:(i + 1) * n], **kwargs) for i, G in enumerate(self.members)))))
     def view(self, ws:Tensor, pose:Pose, **kwargs) -> View: return self.render(self.planes(ws), pose, **kwargs)
 
@@ -156,7 +157,7 @@ def pti(
         view = G.view(first.ws[i:i + 1], first.pose[i])
         return match(view.rgb, target[i:i + 1], nets.psi), view
     inv = tune(first, nets, config, tuning, 0 if relay.stopped else steps, loss, dict(l2=tuning.l2, perceptual=tuning.perceptual_weight), callback)
-    inv.report |= dict(method="pti", seconds=round(time.time() - t0, 2))
+    inv.report |= dict(method="pti", config=config_hash(config), seconds=round(time.time() - t0, 2))
     return inv
 
 def match(image:Tensor, target:Tensor, psi, mask:Tensor|None=None) -> dict: # (B, 3, H, H) twice; mask (B, 1, H, H) in [0, 1]
@@ -257,7 +258,7 @@ def spi(
         held = ((other.depth - p.depth).abs() * p.weight).sum((1, 2, 3)) / p.weight.sum((1, 2, 3)).clamp(min=1e-6) / interval
         return match(view.rgb, target[i:i + 1], nets.psi) | dict(pseudo=p.factor * sum(match(other.rgb, p.image, nets.psi, p.mask).values()), anchor=held), view
     inv = tune(first, nets, config, tuning, steps, loss, dict(l2=tuning.l2, perceptual=tuning.perceptual_weight, pseudo=tuning.pseudo, anchor=tuning.anchor), callback)
-    inv.report |= dict(method="spi", seconds=round(time.time() - t0, 2))
+    inv.report |= dict(method="spi", config=config_hash(config), seconds=round(time.time() - t0, 2))
     return inv
 
 # %% ../nbs/14_baselines.ipynb #9bc78c12
@@ -278,6 +279,8 @@ class LatentTraining:
     delta_norm:float = 2e-4 # weight of the squared deltas
     held:int = 32 # images that are kept back for the figures
     seed:int = 0
+    def __post_init__(self):
+        check_range(self, 1, 1e9, "pool", "portraits", "shrink", "held"); check_range(self, 2, 1e9, "batch"); check_range(self, 0, 1, "known")
 
 def known_loss(net:LatentEncoder, G:PoseFreeGenerator, image:Tensor, w:Tensor, unit:Tensor, training:LatentTraining) -> dict: # unit (2,) radians: the spread of poses
     "People of the generator: the look part of w, and the pose that it carries, each in units of its spread"
@@ -346,8 +349,8 @@ def train_latent_encoder(
     check_shape(images, "N 3 R R", "images")
     if len(images) < 2 * training.held: raise InputError(f"images: expected at least {2 * training.held}, of which {training.held} are kept back, got {len(images)}")
     if not (minutes or steps) or (minutes or 1) < 0 or (steps or 1) < 0: raise InputError(f"expected a budget above 0, got minutes {minutes} and steps {steps}")
-    out, device = Path(out).with_suffix(".safetensors"), generator.w_avg.device
-    nets = Networks(generator, psi or load_perceptual("portrait", device=device), phi or load_identity("portrait", device=device))
+    out, device = ending(out, ".safetensors"), generator.w_avg.device
+    nets = Networks(generator, psi or load_perceptual(default_perceptual(generator.config.domain), device=device), phi or load_identity(default_identity(generator.config.domain), device=device))
     begin = None if start is None else read_latent_encoder(start)
     t = LatentTrainer(nets, images[:-training.held], training, begin)
     of = dict(generator=generator.sha256, images=sha256(images.cpu().contiguous().numpy().tobytes()), start=None if begin is None else begin.card["sha256"], training=config_to_dict(training))
@@ -451,9 +454,9 @@ def encoder_latent(
     t0 = time.time()
     nets, target = prepare(image, generator, config, psi, phi)
     said = encode(net or load_latent_encoder(generator), target, config)
-    w, starts, won = said.w, None, torch.ones(len(target), device=target.device)
-    if config.start_steps: w, starts = search_start(nets, target, config, said.w); won = (starts.argmin(1) == starts.shape[1] - 1).float()
-    inv = invert(target, generator, config, callback, InvertState(w, None if said.d is None else said.d * won[:, None, None]), nets.psi, nets.phi)
+    w, starts, lost, won = said.w, None, "", torch.ones(len(target), device=target.device)
+    if config.start_steps: w, starts, lost = search_start(nets, target, config, said.w); won = (starts.argmin(1) == starts.shape[1] - 1).float()
+    inv = invert(target, generator, config, callback, InvertState(w, None if said.d is None else said.d * won[:, None, None], searched=lost), nets.psi, nets.phi)
     inv.report |= dict(method="encoder+latent", seconds=round(time.time() - t0, 2), start_scores=None if starts is None else starts.tolist())
     return inv
 

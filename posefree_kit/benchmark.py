@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Clock', 'Memory', 'floor', 'Part', 'gradient', 'measure', 'Operations', 'ways', 'generator_parts', 'step_parts',
-           'speed', 'speed_markdown', 'save_speed']
+           'speed', 'speed_markdown', 'report_paths', 'save_speed']
 
 # %% ../nbs/17a_benchmark.ipynb #bench003
 import contextlib, copy, ctypes, gc, platform, statistics, time
@@ -14,7 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from . import __version__
-from .core import InputError, save_json, whole_file
+from .core import InputError, ending, save_json, whole_file
 from .discriminator import DiscriminatorConfig
 from .features import Sight
 from .generator import GeneratorConfig, Planes
@@ -181,9 +181,14 @@ def speed_markdown(r:dict) -> str: # r: what `speed` gives
     if r["inversions"]: lines += ["", "| whole inversion | steps | seconds | PSNR, dB |", "|-|-:|-:|-:|"] + [f"| {x['preset']} | {x['steps']} | {x['seconds']:.1f} | {x['psnr_db']:.1f} |" for x in r["inversions"]]
     return "\n".join(lines) + "\n"
 
-def save_speed(r:dict, out) -> list: # out: NAME, with or without a suffix; -> NAME.json, NAME.md
+def report_paths(out) -> list: # out: NAME, NAME.json or NAME.md; -> NAME.json, NAME.md
+    "Where both reports go"
+    out = Path(out)
+    return [ending(out.with_suffix("") if out.suffix in (".json", ".md") else out, s) for s in (".json", ".md")]
+
+def save_speed(r:dict, out) -> list: # out: as for `report_paths`, whose paths it gives
     "Write both reports"
-    paths = [Path(out).with_suffix(s) for s in (".json", ".md")]
+    paths = report_paths(out)
     save_json(r, paths[0])
     with whole_file(paths[1]) as tmp: Path(tmp).write_text(speed_markdown(r), encoding="utf-8")
     return paths

@@ -31,6 +31,7 @@ class Pose:
     def __getitem__(self, i): return self.map(lambda x: torch.atleast_1d(x[i]))
     def to(self, *args): return self.map(lambda x: x.to(*args))
     def detach(self): return self.map(Tensor.detach)
+    def at(self, radius:Tensor|None): return self if radius is None else Pose(self.yaw, self.pitch, radius.to(self.yaw).expand(len(self))) # the same directions from another distance, (1,) or (B,)
     def stack(self) -> Tensor: return torch.stack([self.yaw, self.pitch], -1) # (B, 2) radians
     def degrees(self) -> Tensor: return torch.rad2deg(self.stack()) # (B, 2) degrees
     @staticmethod

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from .camera import Pose
-from .core import Hollow, InputError, check_range, check_shape, config_from_dict, config_to_dict, open_tensors, read_json, read_network, read_torch, resolve_device, save_json, sha256, tensor_bytes, whole_file
+from .core import Hollow, InputError, check_range, check_shape, config_from_dict, config_to_dict, ending, open_tensors, read_json, read_network, read_torch, resolve_device, save_json, sha256, tensor_bytes, whole_file
 from .discriminator import Discriminator, DiscriminatorConfig
 from .generator import AXES, GeneratorConfig
 from .pose import PoseFreeGenerator, look_at_pose
@@ -36,8 +36,7 @@ def save_checkpoint(
     half:bool|None=None, # half precision; default: yes, but an imported generator is kept exactly
 ) -> Path:
     "Write weights (half precision, unless told otherwise) and card, each whole"
-    path = Path(path)
-    if path.suffix != ".safetensors": path = path.with_name(f"{path.name}.safetensors") # run-0.5 keeps its name
+    path = ending(path, ".safetensors")
     if getattr(discriminator, "old_rgb", None) is not None and discriminator.fade < 1: raise InputError(f"save_checkpoint: expected a discriminator whose new layer is fully in, got one at {discriminator.fade:.0%}: it would read poses by a half-trained way; train it further, or save the generator alone")
     state = {f"G.{k}": v for k, v in generator.state_dict().items()}
     if discriminator is not None: state |= {f"D.{k}": v for k, v in discriminator.state_dict().items() if not k.startswith("old_rgb")}

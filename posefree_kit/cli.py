@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['app', 'FRAMINGS', 'SPLIT', 'say', 'out_of', 'command', 'complete', 'Job', 'march_for', 'writable', 'inversion_config',
-           'framing_for', 'photo', 'read_square', 'claim', 'skip', 'optimise', 'one_image', 'Outcome', 'invert',
-           'render', 'latent_and_generator', 'portraits', 'cut_out', 'scale', 'names', 'evaluate', 'architecture',
-           'train', 'named_values', 'channels', 'own_encoder', 'grown', 'training_images', 'train_encoder',
-           'import_official', 'benchmark', 'Diagnosis', 'doctor']
+           'framing_for', 'check_cut', 'check_encoder', 'photo', 'read_square', 'claim', 'skip', 'optimise',
+           'complete_files', 'one_image', 'Outcome', 'invert', 'render', 'latent_and_generator', 'portraits', 'cut_out',
+           'scale', 'names', 'evaluate', 'architecture', 'train', 'named_values', 'channels', 'own_encoder', 'grown',
+           'training_images', 'train_encoder', 'import_official', 'benchmark', 'Diagnosis', 'doctor']
 
 # %% ../nbs/18_cli.ipynb #8ef8ee84
 import errno, functools, json, math, os, sys, tempfile
@@ -60,7 +60,7 @@ class Job:
     psi:Any # networks of the loss
     phi:Any
     judge:Any # identity network for the report; None: none for this domain
-    lpips:Any # LPIPS-Alex for the report; None: its weights are not on this machine
+    lpips:Any # LPIPS-Alex for the report; None: its weights are not on this machine, or the loss uses it
     out:Path
     method:str = "latent" # a name in `baselines.METHODS`
     encoder:Any = None # LatentEncoder, for the methods that begin with one
@@ -113,6 +113,18 @@ def framing_for(G, name:str): # name: auto, portraits or ffhq -> landmarks to ce
     say(f"note: framed as {count} of 16 of the generator's own pictures: {factor:.2f} times FFHQ's width, shifted by {shift[0]:+.2f}, {shift[1]:+.2f} of it", err=True)
     return framing
 
+def check_cut(align:bool, background:str, framing:str):
+    "How photographs are cut out is asked for with --align alone"
+    from posefree_kit.core import InputError
+    if background not in ("keep", "plain"): raise InputError(f"expected background keep or plain, got {background!r}")
+    if framing not in FRAMINGS: raise InputError(f"expected a framing among {', '.join(FRAMINGS)}; got {framing!r}")
+    if not align and (background, framing) != ("keep", "auto"): raise InputError(f"expected --background and --framing with --align, which cuts the face out, got {f'--background {background}' if background != 'keep' else f'--framing {framing}'} without it")
+
+def check_encoder(encoder:Optional[Path], method:str):
+    "A latent encoder is named for the methods that begin with one alone"
+    from posefree_kit.core import InputError
+    if encoder and not method.startswith("encoder"): raise InputError(f"expected --encoder with the methods encoder and encoder+latent, got it with {method}")
+
 def photo(path, side:int, background:str, framing) -> tuple: # image (1, 3, side, side), what is known of the alignment, warnings
     "A photograph's face, found, levelled and cut out"
     from posefree_kit.core import load_image
@@ -147,10 +159,9 @@ def claim(path:Path, job:Job) -> Path: # the folder of an image's results
     if there and not (job.resume or job.overwrite): raise InputError(f"expected no results in {str(folder)!r}, got {', '.join(there[:3])}{' ...' if len(there) > 3 else ''}: --resume skips what is done, --overwrite makes it again")
     return folder
 
-def skip(folder:Path, job:Job) -> Optional[dict]: # the report of what is done already
-    "Under --resume: a complete report made with the same settings"
-    from posefree_kit.core import InputError
-    from posefree_kit.core import config_to_dict
+def skip(path:Path, folder:Path, job:Job) -> Optional[dict]: # the report of what is done already
+    "Under --resume: a complete report made of the same file with the same settings"
+    from posefree_kit.core import InputError, config_to_dict, sha256
     from posefree_kit.viewer import load_latent
     report = complete(folder/"report.json") if job.resume else None
     if report is None: return None
@@ -159,6 +170,7 @@ def skip(folder:Path, job:Job) -> Optional[dict]: # the report of what is done a
     flat = lambda d: {k: json.loads(json.dumps(v)) for k, v in d.items()}
     asked = meta.get("asked") or {} # files of early versions say nothing
     want = dict(generator=job.generator.sha256, method=job.method) | flat(config_to_dict(job.config)) | {k: v for k, v in (job.asked or {}).items() if k in asked}
+    if asked.get("input") and path.is_file() and asked["input"] != sha256(path): raise InputError(f"expected the results of this picture in {str(folder)!r}, got those of another file of that name: give another --out, or --overwrite instead of --resume")
     have = asked | meta.get("config", {}) | dict(generator=meta.get("generator", {}).get("sha256"), method=str(meta.get("method")).removesuffix("-only"))
     told = lambda k, v: f"steps {sum(s['steps'] for s in v)}" if k == "stages" else f"{k} {v}"
     other = [told(k, have.get(k)) for k in want if have.get(k) != want[k]]
@@ -182,17 +194,35 @@ def optimise(path:Path, image, job:Job, folder:Path): # -> Inversion
             save_tensors(dict(w=e.state.w, deltas=e.state.deltas(job.generator)), folder/"last-good.safetensors", format="posefree_kit last good 1", step=e.state.step)
             raise
 
+def complete_files(path:Path, folder:Path, job:Job) -> list: # names of what was made
+    "The film and the mesh of results that were made without them, where they are wanted now"
+    from posefree_kit import viewer
+    from posefree_kit.core import InputError
+    wanted = [n for n, asked in (("turntable.mp4", job.video), ("mesh.glb", job.mesh)) if asked and not (folder/n).exists()]
+    if not wanted: return []
+    G, ws, own = latent_and_generator(folder/"latent.safetensors", job.generator, str(job.generator.w_avg.device))
+    if "turntable.mp4" in wanted: viewer.turntable(G, ws, folder/"turntable.mp4", radius=own.radius)
+    try: told = viewer.mesh(G, ws, folder/"mesh.glb") if "mesh.glb" in wanted else None
+    except InputError as e: say(f"note: {path}: {e}; no mesh.glb", err=True); wanted.remove("mesh.glb")
+    else:
+        if told and not told.watertight: say(f"note: {path}: the mesh is not closed", err=True)
+    return wanted
+
 def one_image(path:Path, job:Job) -> dict: # the report
     "From a file to a folder of results"
+    from posefree_kit.core import sha256
     from posefree_kit.viewer import FILES, TUNED, write_results
     folder = claim(path, job)
-    if done := skip(folder, job): say(f"{path}: done before, skipped"); return done
+    if done := skip(path, folder, job):
+        made = complete_files(path, folder, job)
+        say(f"{path}: done before, " + (f"{' and '.join(made)} added" if made else "skipped")); return done
     image, aligned = read_square(path, job)
     folder = writable(folder)
     for n in (*FILES[::-1], *TUNED, "aligned.png", "last-good.safetensors"): (folder/n).unlink(missing_ok=True)
     inversion = optimise(path, image, job, folder)
     if trouble := inversion.report.get("trouble"): say(f"note: {path}: {trouble}: one step back, and on at half the rate", err=True)
-    report = write_results(str(path), image, inversion, job.generator, job.config, folder, job.judge, job.lpips, aligned, job.asked, job.mesh, job.video, lambda text: say(f"note: {text}", err=True))
+    asked = (job.asked or {}) | dict(input=sha256(path))
+    report = write_results(str(path).encode(errors="replace").decode(), image, inversion, job.generator, job.config, folder, job.judge, job.lpips, aligned, asked, job.mesh, job.video, lambda text: say(f"note: {text}", err=True))
     m, p = report["metrics"], report["pose"]
     known = lambda k, unit: f"{m[k]:.{2 if k == 'id' else 1}f}{unit}" if m.get(k) is not None else "-"
     say(f"{path}: PSNR {known('psnr', ' dB')}, identity {known('id', '')}, yaw {p['yaw_deg']:+.1f}°, pitch {p['pitch_deg']:+.1f}°, {report['seconds']:.0f} s -> {folder}")
@@ -234,14 +264,11 @@ def invert(
     from posefree_kit.baselines import METHODS, load_latent_encoder
     from posefree_kit.checkpoints import load_generator
     from posefree_kit.core import InputError, resolve_device
-    from posefree_kit.features import load_identity, load_perceptual
+    from posefree_kit.features import load_identity, load_perceptual, lpips_alex
     from posefree_kit.optimiser import DivergedError
-    from posefree_kit.viewer import lpips_alex
     if resume and overwrite: raise InputError("expected --resume or --overwrite, got both")
-    if background not in ("keep", "plain"): raise InputError(f"expected background keep or plain, got {background!r}")
-    if framing not in FRAMINGS: raise InputError(f"expected a framing among {', '.join(FRAMINGS)}; got {framing!r}")
     if method not in METHODS: raise InputError(f"expected a method among {', '.join(METHODS)}; got {method!r}")
-    if encoder and not method.startswith("encoder"): raise InputError(f"expected --encoder with the methods encoder and encoder+latent, got it with {method}")
+    check_cut(align, background, framing); check_encoder(encoder, method)
     inversion_config("faces", preset, space, seed, steps, perceptual, identity)
     where = resolve_device(device)
     G = load_generator(generator, where)
@@ -251,7 +278,7 @@ def invert(
     judge = load_identity("portrait-eval", device=where) if G.config.domain == "faces" else None
     cut = framing_for(G, framing) if align else None
     asked = dict(align=align, background=background if align else None, framing=framing if align else None, encoder=net.card["sha256"] if net else None)
-    job = Job(G, config, load_perceptual(config.perceptual, device=where), load_identity(config.identity, device=where), judge, lpips_alex(where), writable(out), method, net, align, background, resume, overwrite, mesh, video, progress, cut, asked)
+    job = Job(G, config, load_perceptual(config.perceptual, device=where), load_identity(config.identity, device=where), judge, lpips_alex(where, config.perceptual), writable(out), method, net, align, background, resume, overwrite, mesh, video, progress, cut, asked)
     outcome = Outcome([], {})
     for path in images:
         try: outcome.reports.append(one_image(Path(path), job))
@@ -283,22 +310,21 @@ def render(
     suffix = out.suffix.lower()
     if suffix in (".mp4", ".gif", ".glb", ".ply", ".obj", ".stl") and not (yaw_deg is None and pitch_deg is None): raise InputError(f"expected --yaw-deg and --pitch-deg with pictures, got them with {out.name!r}: a turntable and a mesh have no pose of their own")
     G, ws, own = latent_and_generator(latent, generator, device)
-    if suffix in (".mp4", ".gif"): return [viewer.turntable(G, ws, out, size=size + size % 2, shown=size + size % 2)]
+    if suffix in (".mp4", ".gif"): return [viewer.turntable(G, ws, out, size=size + size % 2, shown=size + size % 2, radius=own.radius)]
     if suffix in (".glb", ".ply", ".obj", ".stl"): return [viewer.mesh(G, ws, out).path]
     single = suffix in (".png", ".jpg", ".jpeg", ".webp")
     if suffix and not single: raise InputError(f"expected --out as a folder or a .png, .jpg, .webp, .mp4, .gif, .glb or .ply file, got {out.name!r}")
     own_yaw, own_pitch = own.degrees()[0].tolist()
     yaws = list(yaw_deg) if yaw_deg else [own_yaw]
     if single and len(yaws) > 1: raise InputError(f"expected a folder for {len(yaws)} pictures, got the file {out.name!r}")
-    poses = Pose.deg(yaws, own_pitch if pitch_deg is None else pitch_deg, ws.device)
+    poses = Pose.deg(yaws, own_pitch if pitch_deg is None else pitch_deg, ws.device).at(own.radius)
     if not all(abs(v) <= 89 for v in poses.degrees().flatten().tolist()): raise InputError(f"expected angles within 89 degrees, got yaw {yaws} and pitch {pitch_deg}")
-    if own.radius is not None: poses = Pose(poses.yaw, poses.pitch, own.radius.expand(len(poses)))
     pictures = viewer.look(G, G.planes(ws), poses, size)
     paths = [out] if single else [writable(out)/f"yaw{y:+06.1f}_pitch{p:+06.1f}.png" for y, p in poses.degrees().tolist()]
     for x, path in zip(pictures, paths): save_image(x, path); say(str(path))
     return paths
 
-def latent_and_generator(latent, generator:Optional[str], device:str) -> tuple: # G, ws (1, num_ws, w_dim), its own Pose
+def latent_and_generator(latent, generator, device:str) -> tuple: # generator: its name or file, itself, or None: the one that the latent names; -> G, ws (1, num_ws, w_dim), its own Pose
     "A latent with the generator that it belongs to; another generator is refused"
     from posefree_kit.camera import Pose
     from posefree_kit.checkpoints import load_generator
@@ -307,7 +333,7 @@ def latent_and_generator(latent, generator:Optional[str], device:str) -> tuple: 
     t, meta = load_latent(latent)
     made = meta.get("generator", {})
     if "tuned" in meta: made = dict(name=meta["tuned"]["file"], sha256=meta["tuned"]["sha256"]) # its own copy, which lies beside it
-    G = load_generator(generator or (Path(latent).with_name(made["name"]) if "tuned" in meta else made.get("name", "portraits")), device)
+    G = generator if not isinstance(generator, (str, type(None))) and "tuned" not in meta else load_generator(generator or (Path(latent).with_name(made["name"]) if "tuned" in meta else made.get("name", "portraits")), device)
     if G.sha256 != made.get("sha256"): raise InputError(f"expected the generator that the latent was made with ({made.get('name')}, SHA-256 {str(made.get('sha256'))[:12]}...), got {G.name} ({G.sha256[:12]}...): name its file with --generator")
     return G, G.expand_ws(t["ws"].to(G.w_avg.device)), Pose(t["pose"][:, 0], t["pose"][:, 1], t.get("radius")).to(G.w_avg.device)
 
@@ -354,6 +380,7 @@ def scale(
     space:Annotated[str, typer.Option(help="w or w+.")]="w+",
     method:Annotated[str, typer.Option(help="latent, pose_opt, encoder (one look) or encoder+latent.")]="latent",
     generator:Annotated[str, typer.Option(help="A shipped generator or a .safetensors file.")]="portraits",
+    encoder:Annotated[Optional[Path], typer.Option(help="As for posefree invert. On a cluster: a file that every machine sees.", show_default=False)]=None,
     device:Annotated[str, typer.Option(help="auto: GPUs where there are any; cpu, cuda.")]="auto",
     seed:Annotated[int, typer.Option(help="Of everything that is drawn: same seed, same result.")]=0,
     steps:Annotated[Optional[int], typer.Option(help="Optimiser steps in all [default: the preset's].", show_default=False)]=None,
@@ -370,20 +397,22 @@ def scale(
 ): # -> scale.Summary
     "Invert many images: one Parquet row each, on one machine or on a Ray cluster."
     from posefree_kit import scale as many
+    from posefree_kit.baselines import load_latent_encoder
     from posefree_kit.checkpoints import load_generator
     from posefree_kit.core import InputError, resolve_device
     from posefree_kit.viewer import write_results
-    march_for(compiled, resolve_device(device))
-    if background not in ("keep", "plain"): raise InputError(f"expected background keep or plain, got {background!r}")
+    if not address: march_for(compiled, resolve_device(device)) # else each worker asks its own machine
+    check_cut(align, background, framing); check_encoder(encoder, method)
     if local and address: raise InputError("expected --local or --address, got both")
     many.need("pyarrow.parquet")
     G = load_generator(generator, "cpu")
     config = inversion_config(G.config.domain, preset, space, seed, steps, perceptual, identity)
     read = functools.partial(cut_out, side=max(256, G.resolution), background=background, framing=framing_for(G, framing)) if align else many.read_square
     write = functools.partial(write_results, solid=mesh, film=video) if files else None
-    more = dict(files=[files, files and mesh, files and video], align=[background, framing] if align else None)
+    net = load_latent_encoder(G, encoder) if method.startswith("encoder") else None
+    more = dict(files=[files, files and mesh, files and video], align=[background, framing] if align else None) | (dict(encoder=net.card["sha256"]) if encoder else {})
     path = str(Path(generator).resolve()) if Path(generator).is_file() else generator
-    job = many.Job(str(writable(out)), path, G.sha256, config, method, batch, device, cores, compiled, read, write, more)
+    job = many.Job(str(writable(out)), path, G.sha256, config, method, str(encoder.resolve()) if encoder else None, batch, device, cores, compiled, read, write, more)
     s = many.scale(input, job, local, workers, address, retries, resume=resume, progress=progress, say=lambda text: say(text, err=True))
     say(f"{s.images - s.failed} of {s.images} images inverted" + (f", {s.failed} failed" if s.failed else "") + f"; {s.new} of them now, in {s.seconds:.0f} s ({s.new / max(s.seconds, 1e-9):.3g} a second) -> {s.out/'rows.parquet'}")
     return s
@@ -503,7 +532,7 @@ def train(
     if trained and size not in (32, trained.resolution): raise InputError(f"--size: expected {trained.resolution}, the size of {start}, or none, got {size}")
     config = config_from_dict(TrainConfig, dict(batch=batch, seed=seed, encode_share=encode, r1_gamma=.05 * ((trained.resolution if start else size) / 32) ** 2) | given)
     encoder = own_encoder(trained, start) if trained and encode else None
-    state = None if resume else go_on_with(widen(trained, wide, trained.config.look_dim) if wide else trained, config, encoder) if start else grown(grow_from, size, config, where, given) if grow_from else None
+    state = None if resume else go_on_with(widen(trained, wide, trained.config.look_dim, seed) if wide else trained, config, encoder) if start else grown(grow_from, size, config, where, given) if grow_from else None
     if lost := [k for k in given if state and getattr(state.config, k) != getattr(config, k)]: raise InputError(f"--set {lost[0]}: expected a run that begins from nothing or grows, got --start, after which nothing is blurred, faded in or made easy")
     if state and encode and not encoder and share.main: say(f"note: {'no encoder was saved with ' + start if start else 'an encoder does not grow'}: one that has learnt nothing yet begins", err=True)
     size = state.G.resolution if state else old.G.resolution if old else size
@@ -616,11 +645,11 @@ def train_encoder(
     from tqdm import tqdm
     from posefree_kit.baselines import LatentTraining, read_latent_encoder, train_latent_encoder
     from posefree_kit.checkpoints import load_generator
-    from posefree_kit.core import InputError, resolve_device
+    from posefree_kit.core import InputError, ending, resolve_device
     budget = [f"--{k} {v:g}" for k, v in dict(minutes=minutes, steps=steps).items() if v is not None and not v > 0]
     if budget or (minutes is None and steps is None): raise InputError(f"expected a budget above 0, --minutes or --steps (or both), got {budget[0] if budget else 'none'}")
-    out = Path(out).with_suffix(".safetensors")
-    there = [str(p) for p in (out, out.with_suffix(".state")) if p.exists()]
+    out = ending(out, ".safetensors")
+    there = [str(p) for p in (out, out.with_suffix(".json"), out.with_suffix(".state")) if p.exists()]
     if there and not (resume or overwrite): raise InputError(f"expected a new file, got {there[-1]!r}, which is there: --resume goes on with an unfinished run, --overwrite replaces it")
     if start: read_latent_encoder(start)
     where = resolve_device(device)
@@ -647,7 +676,9 @@ def import_official(
     from posefree_kit import checkpoints
     from posefree_kit.core import InputError
     if out.suffix != ".safetensors": raise InputError(f"expected OUT as a .safetensors file, got {str(out)!r}")
-    if out.exists() and not overwrite: raise InputError(f"expected a new file, got {str(out)!r}, which is there: --overwrite replaces it")
+    for p in (out, out.with_suffix(".json")): # the card too
+        if p.exists() and any(given and Path(given).exists() and p.samefile(given) for given in (file, config)): raise InputError(f"expected another OUT, got one that would replace {str(p)!r}, which is read")
+        if p.exists() and not overwrite: raise InputError(f"expected a new file, got {str(p)!r}, which is there: --overwrite replaces it")
     with warnings.catch_warnings(record=True):
         warnings.simplefilter("always")
         G = checkpoints.import_official(file, config, reader=reader)
@@ -670,10 +701,10 @@ def benchmark(
     overwrite:Annotated[bool, typer.Option("--overwrite", help="Replace reports that are there.")]=False,
 ) -> dict: # what chapter 17a's `speed` gives
     "Measure how fast this machine is at every part."
-    from posefree_kit.benchmark import save_speed, speed, speed_markdown
+    from posefree_kit.benchmark import report_paths, save_speed, speed, speed_markdown
     from posefree_kit.checkpoints import load_generator
     from posefree_kit.core import InputError
-    there = [p for s in (".json", ".md") if (p := Path(out).with_suffix(s)).exists()]
+    there = [p for p in report_paths(out) if p.exists()]
     if there and not overwrite: raise InputError(f"expected a new report, got {str(there[0])!r}, which is there: --overwrite replaces it")
     r = speed(load_generator(generator, device), rounds, names(presets), size, batch, say=lambda text: say(text, err=True))
     say(speed_markdown(r)); say(" ".join(map(str, save_speed(r, out))))

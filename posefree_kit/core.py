@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GLOSSARY', 'MAX_SIDE', 'MAX_PIXELS', 'MANY_PIXELS', 'FORMATS', 'Net', 'InputError', 'DivergedError', 'expect_fail',
            'check_shape', 'resolve_device', 'rng', 'seed_everything', 'Part', 'batch_rand', 'image_to_tensor',
-           'tensor_to_image', 'load_image', 'readable', 'image_suffixes', 'resize', 'image_grid', 'sha256',
+           'tensor_to_image', 'load_image', 'readable', 'image_suffixes', 'resize', 'image_grid', 'sha256', 'ending',
            'whole_file', 'finish_steps', 'memory_advice', 'save_image', 'save_json', 'config_to_dict', 'config_hash',
            'config_from_dict', 'check_range', 'parse_json', 'read_json', 'tensor_digest', 'tensor_bytes',
            'save_tensors', 'open_tensors', 'load_tensors', 'Hollow', 'read_network', 'save_values', 'load_values',
@@ -217,6 +217,11 @@ def sha256(data) -> str: # data: a path, or bytes
     "The SHA-256 of a file or of bytes, as hex"
     if isinstance(data, bytes): return hashlib.sha256(data).hexdigest()
     with open(data, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
+
+def ending(path, suffix:str) -> Path: # suffix: with its dot
+    "The path with that ending, which is appended unless it is there: run-0.5 keeps its name"
+    path = Path(path)
+    return path if path.suffix == suffix else path.with_name(path.name + suffix)
 
 @contextlib.contextmanager
 def whole_file(

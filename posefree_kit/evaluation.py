@@ -26,7 +26,7 @@ from .baselines import METHODS
 from .camera import FOCAL, Pose, align_pose, fit_frame, intrinsics, turn, unproject
 from .checkpoints import ASSETS
 from .core import InputError, check_shape, config_hash, config_to_dict, image_grid, load_image, load_tensors, parse_json, read_json, read_network, resize, rng, save_image, save_json, save_tensors, sha256, whole_file
-from .features import load_identity, load_perceptual
+from .features import load_identity, load_perceptual, lpips_alex
 from .losses import depth_std
 from .optimiser import InvertConfig, Inversion, Schedule, Stage, constant, quick
 from .portraits import HELD_OUT, STYLES, draw, portrait_batch
@@ -66,10 +66,13 @@ class Judges:
     lpips:Any = None # `.distance`: LPIPS-Alex, where its weights are on this machine
 
 @functools.lru_cache
-def load_judges(device="cpu", domain:str="faces") -> Judges: # domain: a generator's `config.domain`
-    "The evaluation encoder for faces, and LPIPS-Alex where its weights are"
-    try: lpips = load_perceptual("lpips-alex", device=device)
-    except InputError: lpips = None
+def load_judges(
+    device="cpu",
+    domain:str="faces", # a generator's `config.domain`
+    used:str="", # the loss's perceptual network, by name
+) -> Judges:
+    "The evaluation encoder for faces, and LPIPS-Alex where its weights are and the loss does not use it"
+    lpips = lpips_alex(device, used)
     return Judges(load_identity("portrait-eval", device=device), load_perceptual("portrait-eval", device=device), lpips) if domain == "faces" else Judges(lpips=lpips)
 
 def protocol(
@@ -510,7 +513,7 @@ def evaluate(
     "Ask a method about images, and score what it says"
     from tqdm.auto import tqdm
     (label, function, config), device = resolve(method, config, ablation), str(generator.w_avg.device)
-    judges = judges or load_judges(device, generator.config.domain); check_judges(judges, config)
+    judges = judges or load_judges(device, generator.config.domain, config.perceptual); check_judges(judges, config)
     load_perceptual(config.perceptual, device=device); load_identity(config.identity, device=device) # missing weights are no method's failure
     name, names, make = asked(images, n, generator)
     who = dict(set=name, method=label, ablation=ablation, config=config_hash(config), sha256=generator.sha256[:12])
@@ -552,7 +555,7 @@ def groups(rows:list, by=GROUP) -> dict: # values of `by` -> rows
 
 def pose_errors(rows:list) -> list: # the same rows, with pose_yaw_deg and pose_pitch_deg
     "Compare poses: one rotation of the frame for each method, fitted on its other images of all sets; own samples as they are"
-    rows = [dict(r) for r in rows]
+    rows = [{k: v for k, v in r.items() if k not in ("pose_yaw_deg", "pose_pitch_deg")} for r in rows] # of other frames
     known = [r for r in rows if all(r.get(k) is not None for k in ("yaw_deg", "true_yaw_deg"))]
     for g in groups(known, [k for k in GROUP if k != "set"]).values():
         for own in (True, False):
@@ -577,14 +580,14 @@ def paired(rows:list, others:list, key:str) -> dict: # n, mean, low, high of (ro
     shared = {(r["set"], r["image"]) for r in rows}
     others = [r for r in others if r.get(key) is not None and (r["set"], r["image"]) in shared]
     if key in ("pose_yaw_deg", "pose_pitch_deg"): rows, others = pose_errors(rows), pose_errors(others)
-    at = {(r["set"], r["image"]): r[key] for r in others}
-    d = [r[key] - at[r["set"], r["image"]] for r in rows]
+    at = {(r["set"], r["image"]): r[key] for r in others if key in r} # no frame is fitted on less than three
+    d = [r[key] - at[r["set"], r["image"]] for r in rows if key in r]
     return dict(zip(("mean", "low", "high"), interval(d))) | dict(n=len(d))
 
 def verdict(d:dict, better:str, least:int=8) -> str: # d: of a paired difference, what is claimed to be better minus the other; better: "higher" or "lower"; least: pairs
     "Held where the whole interval is on the claimed side, the opposite where it is on the other; fewer pairs than `least` decide nothing"
     if not d["n"]: return "not measured"
-    if d["n"] < least: return f"too few ({d['n']})"
+    if d["n"] < least or d["low"] is None: return f"too few ({d['n']})"
     sign = 1 if better == "higher" else -1
     low, high = sorted((sign * d["low"], sign * d["high"]))
     return "held" if low > 0 else "the opposite" if high < 0 else "undecided"
@@ -695,8 +698,8 @@ def write_tables(out) -> list: # rows, with pose errors
     "Join the parts of a run: rows.jsonl, table.csv, table.md, runs.json and figures/"
     import csv
     out = Path(out)
-    rows, cards = pose_errors([dict(r, method=named(r)) for r in read_rows(out/"rows")]), [json.loads(p.read_text(encoding="utf-8")) for p in sorted((out/"rows").glob("*.json"))]
-    rows = list({tuple(r.get(k) for k in (*GROUP, "image")): r for r in reversed(rows)}.values())[::-1] # one method under two names (`latent`, `latent:w+`) counts once
+    rows, cards = [dict(r, method=named(r)) for r in read_rows(out/"rows")], [json.loads(p.read_text(encoding="utf-8")) for p in sorted((out/"rows").glob("*.json"))]
+    rows = pose_errors(list({tuple(r.get(k) for k in (*GROUP, "image")): r for r in reversed(rows)}.values())[::-1]) # one method under two names (`latent`, `latent:w+`) counts once, in the frames of poses too
     if not rows: return rows
     columns = list(dict.fromkeys(k for r in rows for k in r))
     with whole_file(out/"rows.jsonl") as tmp: tmp.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
@@ -769,15 +772,18 @@ def read_views(folder) -> dict: # the content of views.json: method, set, n, siz
 
 # %% ../nbs/15_evaluation.ipynb #c0a11027
 def _inside(folder, name:str) -> Path: # a file of that folder
-    path = (Path(folder)/name).resolve()
+    try: path = (Path(folder)/name).resolve()
+    except ValueError as e: raise InputError(f"expected the name of a file, got {name!r}: {e}") from e
     if not path.is_relative_to(Path(folder).resolve()): raise InputError(f"expected files inside the folder, got {name!r}")
     return path
 
 def read_depth(path) -> Tensor: # (1, 1, H, H)
     "Depth from a .npy file"
     import numpy as np
-    try: x = torch.from_numpy(np.load(path, allow_pickle=False).astype("float32"))
+    try: x = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as e: raise InputError(f"expected depth in a .npy file, got {Path(path).name!r}: {e}") from e
+    if not isinstance(x, np.ndarray) or x.dtype.kind not in "fiu": raise InputError(f"{Path(path).name}: expected an array of numbers, got {getattr(x, 'dtype', 'an archive of arrays')}")
+    x = torch.from_numpy(x.astype("float32"))
     if x.ndim != 2 or x.shape[0] != x.shape[1] or not x.isfinite().all(): raise InputError(f"{Path(path).name}: expected finite depth of shape (H, H), got {tuple(x.shape)}")
     return x[None, None]
 

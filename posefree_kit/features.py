@@ -8,8 +8,8 @@ __all__ = ['CLOTHES', 'FAMILY', 'OURS', 'YAWS', 'PITCHES', 'TORCHVISION', 'BACKB
            'EncoderTraining', 'Trainer', 'train_encoder', 'freeze', 'unit', 'compare_maps', 'perceptual_distance',
            'calibrate', 'assets', 'save_encoder', 'load_encoder', 'encoder_card', 'Perceptual', 'Identity', 'Maps',
            'fold', 'Sight', 'verify', 'Weights', 'torch_home', 'find_weights', 'read_state', 'fill', 'LpipsMaps',
-           'Prepare', 'load_perceptual', 'load_identity', 'default_identity', 'default_perceptual', 'backends',
-           'Course', 'ship_encoder']
+           'Prepare', 'load_perceptual', 'lpips_alex', 'load_identity', 'default_identity', 'default_perceptual',
+           'backends', 'Course', 'ship_encoder']
 
 # %% ../nbs/10_features.ipynb #76999a05
 import importlib.resources, math, os, urllib.request, warnings
@@ -87,7 +87,7 @@ class PortraitEncoder(nn.Module):
         check_shape(image, "B 3 H W", "image")
         return self._maps(resize(image, max(self.config.size, image.shape[-1])))
     def pooled(self, image:Tensor) -> Tensor: # (B, widths[-1]): before the linear layer and the normalisation
-        "Averages of the last map: what a Frechet distance compares"
+        "Averages of the last map, of which the embedding is made"
         check_shape(image, "B 3 H W", "image")
         return self._maps(resize(image, self.config.size))[-1].mean((2, 3))
     def embedding(self, pooled:Tensor) -> Tensor: return F.normalize(self.head(pooled), dim=-1) # (B, widths[-1]) -> (B, dim), unit length
@@ -95,7 +95,7 @@ class PortraitEncoder(nn.Module):
 
 # %% ../nbs/10_features.ipynb #4732223c
 CLOTHES = ("cloth_hue", "cloth_light", "cloth_stripe") # what a person may change
-FAMILY = ("skin_tone", "hair_tone", "eye_tone", "lip_tone", "hat_hue", "hat_light", "glasses_tone", "hair", "hat", "glasses", "beard") # what a family shares
+FAMILY = ("skin_tone", "hair_tone", "eye_tone", "hat_hue", "hat_light", "glasses_tone", "hair", "hat", "glasses", "beard") # what a family shares
 
 def photograph(
     render, # `portraits.portrait_batch`, or anything that is called like it
@@ -518,6 +518,11 @@ def load_perceptual(
     else: raise InputError(f"expected a perceptual network among {', '.join([*OURS, *BACKBONES])}, got {name!r}")
     return Perceptual(name, source, network, scales).to(resolve_device(device))
 
+def lpips_alex(device="cpu", used:str=""): # used: the loss's perceptual network, by name; -> Perceptual, or None
+    "LPIPS as it is used for evaluation, where its weights are on disk and the loss did not use it"
+    try: return None if used == "lpips-alex" else load_perceptual("lpips-alex", device=device)
+    except InputError: return None
+
 def load_identity(
     name:str="portrait", # portrait (for losses), portrait-eval (for evaluation only), facenet, or clip, clip:MODEL, clip:MODEL/TAG
     device="cpu", # where it will run
@@ -550,7 +555,7 @@ def backends(
     **measuring, # networks behind the metrics, by role: judge= (identity), lpips=
 ) -> dict: # role -> "name (file sha256:its first 12 digits)", for report.json; a role that is None is left out
     "What is in use, and from which file"
-    return {role: f"{net.name} ({getattr(net, 'source', 'given by the caller')})" for role, net in dict(perceptual=perceptual, identity=identity, **measuring).items() if net is not None}
+    return {role: f"{getattr(net, 'name', type(net).__name__)} ({getattr(net, 'source', 'given by the caller')})" for role, net in dict(perceptual=perceptual, identity=identity, **measuring).items() if net is not None}
 
 # %% ../nbs/10_features.ipynb #f744b5b3
 @dataclass(frozen=True)
@@ -586,5 +591,5 @@ def ship_encoder(
         if v.is_floating_point(): v.copy_(v.half()) # what is measured is what ships
     tidy = lambda found: {k: round(v, 4) if isinstance(v, float) else v for k, v in found.items()}
     measured = dict(strangers=tidy(verify(net, render, held_out)), siblings=tidy(verify(net, render, held_out, family=4)), yaw_rad=list(YAWS), pitch_rad=list(PITCHES))
-    save_encoder(net, folder/f"{name}.safetensors", made_by="ship_encoder", courses=[config_to_dict(c) for c in courses], hardware="one CPU core", verification=measured, licence="Apache-2.0")
+    save_encoder(net, folder/f"{name}.safetensors", made_by="ship_encoder", courses=[config_to_dict(c) for c in courses], hardware=f"CPU, {torch.get_num_threads()} thread(s)", verification=measured, licence="Apache-2.0")
     return encoder_card(folder/f"{name}.safetensors")

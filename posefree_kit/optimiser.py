@@ -214,18 +214,19 @@ def candidates(G:PoseFreeGenerator, target:Tensor, config:InvertConfig) -> Tenso
 def search_start(
     nets:Networks, target:Tensor, config:InvertConfig,
     also:Tensor|None=None, # (B, w_dim) one start more: the last
-) -> tuple: # w (B, w_dim), and what each start came to (B, starts)
+) -> tuple: # w (B, w_dim); what each start came to (B, starts), None where nothing was compared; "", or which loss stopped being finite for once
     "The best of a few briefly optimised starts"
     w = candidates(nets.generator, target, config)
     if also is not None: w = torch.cat([w, also[:, None]], 1)
     b, k, d = w.shape
-    if k == 1 or not config.start_steps: return w[:, 0], torch.zeros(b, k)
+    if k == 1 or not config.start_steps: return w[:, 0], None, ""
     brief = dataclasses.replace(config, space="w", stages=(dataclasses.replace(config.stages[0], steps=config.start_steps, layers=False),), mv=constant(0.), geo=constant(0.), id=constant(0.), noise=0.)
     many = target.repeat_interleave(k, 0)
     state = InvertState(w.flatten(0, 1))
-    run(nets, many, brief, state)
+    try: run(nets, many, brief, state)
+    except DivergedError as e: raise DivergedError(f"in the start search: {e}", InvertState(w[:, 0])) from e
     with torch.no_grad(): score = objective(nets, brief, many, state.w, state.deltas(nets.generator), brief.steps - 1)[1]["rec"].view(b, k)
-    return state.w.view(b, k, d)[torch.arange(b), score.argmin(1)], score
+    return state.w.view(b, k, d)[torch.arange(b), score.argmin(1)], score, state.trouble and f"in the start search: {state.trouble}"
 
 # %% ../nbs/12_optimiser.ipynb #34a9dd5d
 @dataclass
@@ -242,14 +243,14 @@ def _copied(adam): return None if adam is None else {k: [x.clone() for x in v] i
 class InvertState:
     "What is optimised, and where the run is: enough to continue"
     adam:dict|None; before:tuple|None
-    def __init__(self, w:Tensor, d:Tensor|None=None, free:FreePose|None=None): # free: a camera of its own; None: the pose is f(w)
+    def __init__(self, w:Tensor, d:Tensor|None=None, free:FreePose|None=None, searched:str=""): # free: a camera of its own; None: the pose is f(w); searched: trouble of the start search, for the report
         self.w, self.d, self.free, self.step, self.adam, self.trace = w.detach().clone(), None if d is None else d.detach().clone(), free, 0, None, []
-        self.before, self.trouble = None, "" # what was before the last step; which loss stopped being finite: from there on at half the rate
+        self.searched, self.before, self.trouble = searched, None, "" # what was before the last step; which loss stopped being finite: from there on at half the rate
     def deltas(self, G) -> Tensor: # (B, num_ws, w_dim)
         return self.w.new_zeros(len(self.w), G.num_ws, self.w.shape[-1]) if self.d is None else self.d
-    def pose(self, G) -> Pose: return G.pose(self.w) if self.free is None else Pose.of(self.free.angles)
+    def pose(self, G) -> Pose: return G.pose(self.w) if self.free is None else Pose.of(self.free.angles).at(G.pose(self.w).radius)
     def copy(self):
-        new = InvertState(self.w, self.d, None if self.free is None else self.free.copy())
+        new = InvertState(self.w, self.d, None if self.free is None else self.free.copy(), self.searched)
         new.step, new.trace, new.adam, new.before, new.trouble = self.step, list(self.trace), _copied(self.adam), self.before, self.trouble
         return new
     def here(self) -> tuple: return self.step, self.w, self.d, _copied(self.adam), None if self.free is None else self.free.copy()
@@ -301,7 +302,7 @@ def run(nets:Networks, target:Tensor, config:InvertConfig, state:InvertState, ca
         noise = 0. if stage else config.noise * max(0., 1 - p / .75) ** 2
         shaken = w + noise * std * torch.randn(1, w.shape[-1], generator=rng(config.seed * 104_729 + state.step)).to(w) if noise else w
         angles = None if free is None else free.angles.clone().requires_grad_()
-        total, parts, lam, pose, view = objective(nets, config, target, shaken, d, state.step, pose=None if free is None else Pose.of(angles), terms=terms, sight=sight)
+        total, parts, lam, pose, view = objective(nets, config, target, shaken, d, state.step, pose=None if free is None else Pose.of(angles).at(G.pose(shaken).radius), terms=terms, sight=sight)
         params = [] if free and state.step < free.preheat else [w] + ([d] if layers else [])
         grads = list(torch.autograd.grad(total.sum(), params + ([] if free is None else [angles])))
         if not (total.isfinite().all() and all(g.isfinite().all() for g in grads)):
@@ -311,7 +312,7 @@ def run(nets:Networks, target:Tensor, config:InvertConfig, state:InvertState, ca
             raise DivergedError((f"{once}; a step back and at half the rate, {bad} at step {state.step}" if once else here) + "; the last good state is kept", state)
         with torch.no_grad():
             if params: state.adam = adam_step(params, grads[:len(params)], state.adam, rate, config.clip)
-            if free: free.adam = adam_step([angles], grads[-1:], free.adam, free.rate * warm_cosine(done, config.warmup), config.clip); free.angles = angles.detach().clamp(-LIMIT, LIMIT)
+            if free: free.adam = adam_step([angles], grads[-1:], free.adam, free.rate * warm_cosine(done, config.warmup) * (.5 if state.trouble else 1.), config.clip); free.angles = angles.detach().clamp(-LIMIT, LIMIT)
         state.w = w.detach()
         if layers: state.d = d.detach()
         state.trace.append({k: v.detach().cpu() for k, v in parts.items()} | dict(step=state.step, stage=stage, rate=rate, total=total.detach().cpu(), pose=pose.stack().detach().cpu(), weights=lam))
@@ -364,8 +365,8 @@ def invert(
     b, n = len(target), config.starts
     with memory_advice(f"half as many images at a time (now {b}) take half of it" if b > 1 else f"half of InvertConfig.starts (now {n}), a generator of fewer pixels, or --device cpu"):
         if state is None:
-            w, starts = search_start(nets, target, config)
-            state = InvertState(w)
+            w, starts, lost = search_start(nets, target, config)
+            state = InvertState(w, searched=lost)
         elif state.d is not None and config.space == "w": raise InputError("state: expected one without deltas in the space w, got deltas")
         else: state = state.copy()
         first = state.step
@@ -380,7 +381,7 @@ def result(nets:Networks, config:InvertConfig, state:InvertState, more:dict) -> 
         view = G.view(ws, pose)
     ends = [max((t["step"] for t in state.trace if t["stage"] == i), default=None) for i in range(len(config.stages))]
     mean = lambda t: {k: round(float(v.mean()), 5) for k, v in t.items() if isinstance(v, Tensor) and k != "pose"}
-    report = dict(generator=dict(name=G.name, sha256=G.sha256, resolution=G.resolution), method="latent-only", space=config.space, preset=config.preset, config=config_hash(config), seed=config.seed, device=str(state.w.device),
+    report = dict(generator=dict(name=G.name, sha256=G.sha256, resolution=G.resolution), method="latent-only" if state.free is None else "pose_opt", space=config.space, preset=config.preset, config=config_hash(config), seed=config.seed, device=str(state.w.device),
                   pose=[dict(yaw_deg=round(float(y), 3), pitch_deg=round(float(p), 3)) for y, p in pose.degrees()], backends=backends(nets.psi, nets.phi),
-                  **(dict(trouble=state.trouble) if state.trouble else {}), stages=[dict(config_to_dict(s), losses=mean(state.trace[e])) for s, e in zip(config.stages, ends) if e is not None])
+                  **({} if not (trouble := state.trouble or state.searched) else dict(trouble=trouble)), stages=[dict(config_to_dict(s), losses=mean(state.trace[e])) for s, e in zip(config.stages, ends) if e is not None])
     return Inversion(state.w, d, ws, pose, view, list(state.trace), report | more, state)

@@ -58,7 +58,7 @@ SHAPE = dict( # identity: what a person keeps. name: (lowest, highest); lengths 
     mouth_width=(.04, .056), lip_full=(.011, .018), mouth_drop=(.004, .016), ear_size=(.036, .05), ear_flare=(0., .02), neck_width=(.07, .092), shoulder=(.29, .35),
     brow_height=(.040, .050), brow_thick=(.005, .0105), brow_arch=(-.1, .35), brow_skew=(-.006, .006), hair_volume=(.016, .036), hair_line=(.120, .150),
     hair_side=(-1., 1.), freckles=(-2., 1.), blush=(.1, .7), lip_red=(.2, .9), mark_x=(-.065, .065), mark_y=(-.12, .13), mark_size=(.6, 1.3), text_tilt=(-.35, .35))
-TONES = ("skin_tone", "hair_tone", "eye_tone", "lip_tone", "cloth_hue", "cloth_light", "hat_hue", "hat_light", "glasses_tone", "cloth_stripe")
+TONES = ("skin_tone", "hair_tone", "eye_tone", "cloth_hue", "cloth_light", "hat_hue", "hat_light", "glasses_tone", "cloth_stripe")
 LOOK = dict( # what changes from picture to picture of one person
     yaw=(0., math.radians(22)), pitch=(0., math.radians(8)), # normal: mean, sd
     light_azimuth=(-1.2, 1.2), light_height=(.1, 1.1), light_soft=(.42, .68), light_warm=(-.05, .05),
@@ -572,6 +572,7 @@ def portrait_batch(
     if not (isinstance(size, int) and 4 <= size <= 4096): raise InputError(f"expected a size of 4 to 4096 pixels, got {size!r}")
     if supersample not in (1, 2): raise InputError(f"expected supersample 1 or 2, got {supersample!r}")
     if not (poses is None or isinstance(poses, Pose)): raise InputError(f"expected poses as a Pose, got {type(poses).__name__}")
+    if poses is not None and poses.radius is not None: raise InputError("expected poses without a radius: the simulator's camera has one distance")
     n = len(seeds)
     for name, v in (("variation", variation), ("poses", poses)):
         if v is not None and len(v) not in (1, n): raise InputError(f"expected {name} for {n} seeds (or 1 for all), got {len(v)}")

@@ -6,8 +6,8 @@
 __all__ = ['PLAIN', 'STATE', 'UnposedImages', 'd_loss', 'g_loss', 'r1_penalty', 'pose_loss', 'relit', 'slanted', 'blur',
            'TrainConfig', 'Processes', 'Moments', 'has_bf16', 'TrainState', 'new_state', 'make_state', 'Fakes',
            'Encoded', 'pyramid', 'calibrate', 'd_step', 'g_step', 'density_loss', 'wall_loss', 'symmetry_loss',
-           'ema_step', 'fall', 'train_step', 'save_state', 'load_state', 'sample_grid', 'fit', 'sound', 'step_back',
-           'grow', 'go_on_with', 'widen', 'correlation', 'encoder_figures', 'pose_figures', 'watch_poses']
+           'ema_step', 'fall', 'ramps', 'train_step', 'save_state', 'load_state', 'sample_grid', 'fit', 'sound',
+           'step_back', 'grow', 'go_on_with', 'widen', 'correlation', 'encoder_figures', 'pose_figures', 'watch_poses']
 
 # %% ../nbs/08_training.ipynb #d67a11d1
 import copy, dataclasses, json, math, os, time, zipfile
@@ -63,7 +63,7 @@ class UnposedImages:
         def stack(p): # of a .npy file
             try: x = np.load(p)
             except (OSError, ValueError, EOFError) as e: raise InputError(f"expected images of (N, 3, R, R) uint8 in {p.name!r}, got: {e}") from e
-            if x.dtype != np.uint8 or x.ndim != 4 or x.shape[1] != 3: raise InputError(f"expected images of (N, 3, R, R) uint8 in {p.name!r}, got {x.shape} {x.dtype}")
+            if not isinstance(x, np.ndarray) or x.dtype != np.uint8 or x.ndim != 4 or x.shape[1] != 3: raise InputError(f"expected images of (N, 3, R, R) uint8 in {p.name!r}, got {f'{x.shape} {x.dtype}' if isinstance(x, np.ndarray) else 'an archive of arrays'}")
             return torch.cat([bytes_(c.float() / 127.5 - 1) for c in torch.from_numpy(x).split(500)])
         def single(p):
             x = load_image(p)
@@ -176,9 +176,9 @@ class TrainConfig:
 
     def __post_init__(self):
         if self.loss not in ("nonsaturating", "relativistic"): raise InputError(f"TrainConfig.loss: expected nonsaturating or relativistic, got {self.loss!r}")
-        check_range(self, 1, 1 << 20, "batch", "r1_every", "density_every"); check_range(self, 0, 1, "read_share", "flip_share", "calibrate", "encode_share", "fall_to", "g_rate", "d_rate", "encode_rate", "ema_ramp"); check_range(self, 0, 64, "blur_px"); check_range(self, 0, 2, "slant"); check_range(self, 1e-4, 10, "symmetry_scale"); check_range(self, 1e-3, 1e6, "ema_kimg", "d_ema_kimg", "match_kimg")
+        check_range(self, 1, 1 << 20, "batch", "r1_every", "density_every"); check_range(self, 0, 1, "read_share", "flip_share", "calibrate", "encode_share", "fall_to", "g_rate", "d_rate", "encode_rate", "ema_ramp"); check_range(self, 0, 1 << 40, "seed"); check_range(self, 0, 64, "blur_px"); check_range(self, 0, 2, "slant"); check_range(self, 1e-4, 10, "symmetry_scale"); check_range(self, 1e-3, 1e6, "ema_kimg", "d_ema_kimg", "match_kimg")
         check_range(self, 0, 1e6, *(k for k in vars(self) if k.endswith(("_gamma", "_weight", "_kimg", "relight")) and k != "fall_kimg"))
-        if self.match_weight and (self.batch < 4 or self.encode_share == 1): raise InputError(f"TrainConfig.match_weight: expected batches of at least 4 and an encode_share under 1, so that there are generated people to match; got a batch of {self.batch} and {self.encode_share}")
+        if self.match_weight and (self.batch < 4 or math.ceil(self.batch * self.encode_share) == self.batch): raise InputError(f"TrainConfig.match_weight: expected batches of at least 4 and an encode_share under 1, so that there are generated people to match; got a batch of {self.batch} and {self.encode_share}")
         for k in ("condition_kimg", "easy_kimg"):
             if not (len(v := getattr(self, k)) == 2 and v[0] <= v[1]): raise InputError(f"TrainConfig.{k}: expected two numbers, the second no smaller than the first, got {v}")
         if self.fall_kimg and not (len(self.fall_kimg) == 2 and 0 <= self.fall_kimg[0] < self.fall_kimg[1]): raise InputError(f"TrainConfig.fall_kimg: expected () or two rising numbers, got {self.fall_kimg}")
@@ -490,14 +490,18 @@ def fall(s:TrainState):
     left = 1 - (1 - s.config.fall_to) * min(1., max(0., (s.kimg - a) / (b - a)))
     for group in s.groups: group["lr"] = group.setdefault("rate", group["lr"]) * left
 
+def ramps(s:TrainState):
+    "How far the discriminator is told the pose, and how far a grown layer is in, by now"
+    c, (start, full) = s.config, s.config.condition_kimg
+    s.D.condition = 1. if s.kimg >= full else max(0., (s.kimg - start) / max(full - start, 1e-6))
+    if s.D.old_rgb is not None: s.D.fade = min(1., s.kimg / c.fade_kimg) if c.fade_kimg else 1.
+
 def train_step(s:TrainState, images:UnposedImages, easy:UnposedImages|None=None) -> dict: # losses by name
     "Both networks, once. All randomness comes from (seed, step): a resumed run goes on exactly"
     g = rng(s.config.seed * 1_000_003 + s.step)
     c = s.config
     sigma = c.blur_px * max(0., 1 - s.kimg / c.blur_kimg) if c.blur_kimg else 0.
-    start, full = c.condition_kimg
-    s.D.condition = min(1., max(0., (s.kimg - start) / max(full - start, 1e-6)))
-    if s.D.old_rgb is not None: s.D.fade = min(1., s.kimg / c.fade_kimg) if c.fade_kimg else 1.
+    ramps(s)
     real = images.batch(c.batch, g, s.device, s.rows)
     if easy is not None:
         a, b = c.easy_kimg
@@ -534,6 +538,7 @@ def load_state(path:Path|str, device="cpu") -> TrainState:
         if "moments" in d: s.moments.load_state_dict(d["moments"])
         s.ema.load_state_dict(d["ema"]); s.d_ema.load_state_dict(d.get("d_ema", d["D"])); s.opt_g.load_state_dict(d["opt_g"]); s.opt_d.load_state_dict(d["opt_d"]); s.seen, s.trouble = d["seen"], d.get("trouble", "")
     except (KeyError, TypeError, AttributeError, ValueError, IndexError, RuntimeError) as e: raise InputError(f"expected a training state, got {str(path)!r}: {' '.join(str(e).split())[:200]}") from e
+    ramps(s); s.d_ema.fade, s.d_ema.condition = s.D.fade, s.D.condition
     return s
 
 def _growing(config, growing):
@@ -571,16 +576,16 @@ def fit(
     save_minutes:float=3., # minutes between saves
     device="auto", progress:bool=True,
 ) -> TrainState:
-    "Train within a budget; log.jsonl, samples/*.png and run.state appear in `out`. A run that is killed at any moment goes on from there and ends the same"
+    "Train within a budget; log.jsonl, samples/*.png and run.state appear in `out`. A run that is killed at any moment goes on from there and ends the same (on a GPU, whose sums come in any order, nearly)"
     from tqdm.auto import tqdm
     if minutes is None and kimg is None: raise InputError("fit: expected a budget, minutes or kimg")
     share = Processes.launched(device)
     out, device = Path(out), resolve_device(device)
     found = share.any(resume and (out/STATE).exists())
     s = load_state(out/STATE, device) if found else start or new_state(generator or GeneratorConfig(), discriminator or DiscriminatorConfig(), config or TrainConfig(), device)
-    if found:
+    if found or start is not None:
         for given, has in ((generator, s.G.config), (discriminator, s.D.config), (config, s.config)):
-            if given is not None and given != has: raise InputError(f"fit: expected the {type(has).__name__} that the run in {str(out)!r} began with (or none), got another in {', '.join(f.name for f in dataclasses.fields(has) if getattr(given, f.name) != getattr(has, f.name))}: give another folder, or resume=False")
+            if given is not None and given != has: raise InputError(f"fit: expected the {type(has).__name__} {f'that the run in {str(out)!r} began with' if found else 'of `start`'} (or none), got another in {', '.join(f.name for f in dataclasses.fields(has) if getattr(given, f.name) != getattr(has, f.name))}: give another folder, or resume=False")
     s.share = share
     for x in (images, easy):
         if x is not None and x.resolution != s.G.resolution: raise InputError(f"fit: expected images of {s.G.resolution} pixels, got {x.resolution}")
@@ -601,19 +606,18 @@ def fit(
     advice = f"half of TrainConfig.batch (now {s.config.batch}; --batch {s.config.batch // 2 or 1} in a new folder) takes about half of it"
     with bar, finish_steps() as stop, memory_advice(advice):
         over = lambda: bool(stop) or minutes is not None and time.time() - t0 >= minutes * 60 or kimg is not None and s.kimg >= kimg
-        while not share.any(over()):
+        while (more := not share.any(over())) or recent:
             try:
-                recent.append(train_step(s, images, easy))
-                due = share.any(time.time() - last > save_minutes * 60)
+                if more: recent.append(train_step(s, images, easy))
+                due = not more or share.any(time.time() - last > save_minutes * 60)
                 if due and not sound(s): raise FloatingPointError(f"a weight is not finite at step {s.step} ({s.kimg:.3f} kimg)")
             except FloatingPointError as e:
                 s, recent = step_back(e, out/STATE, device, share), []
                 if compiled: s.G.compile_march(); s.ema.compile_march()
                 if share.main: bar.write(f"note: {s.trouble}: back to {s.kimg:.3f} kimg, and on at half the rate")
                 continue
-            bar.update(s.config.batch / 1000); bar.set_postfix(d=f"{recent[-1]['d']:.2f}", g=f"{recent[-1]['g']:.2f}", yaw_sd=f"{recent[-1]['yaw_sd_deg']:.0f}", refresh=False)
+            if more: bar.update(s.config.batch / 1000); bar.set_postfix(d=f"{recent[-1]['d']:.2f}", g=f"{recent[-1]['g']:.2f}", yaw_sd=f"{recent[-1]['yaw_sd_deg']:.0f}", refresh=False)
             if due: save(); last, recent = time.time(), []
-        if recent and sound(s): save()
     if share.any(bool(stop)): raise KeyboardInterrupt(f"stopped at {s.kimg:.3f} kimg, saved in {out/STATE}: --resume goes on")
     return s
 
@@ -656,7 +660,7 @@ def go_on_with(
     config:TrainConfig,
     encoder:LatentEncoder|None=None, # with `encode_share`: one that was trained for it, or for another of its shape; None: one that has learnt nothing yet
 ) -> TrainState:
-    "A run that begins with a trained generator: nothing is faded in, blurred or made easy any more"
+    "A run that begins with a trained generator: nothing is faded in, blurred or made easy any more. Another seed than the run before had draws other codes and batches than it saw"
     D:Any = G.reader
     if not isinstance(D, Discriminator): raise InputError(f"expected a generator with the discriminator that it was trained with, got {G.name!r} with {'none' if D is None else type(D).__name__}")
     if D.config.resolution != G.resolution: raise InputError(f"expected generator and discriminator of one resolution, got {G.resolution} and {D.config.resolution}")

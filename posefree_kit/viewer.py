@@ -9,8 +9,8 @@ __all__ = ['SCENE', 'HUES', 'NO_LOSS', 'KNOBS', 'LATENT', 'TUNED', 'FILES', 'MET
            'plotly_parts', 'surface_figure', 'depth_figure', 'point_figure', 'surface_still', 'plotly_offline',
            'loss_curves', 'loss_plot', 'Knob', 'planned', 'steered', 'check_knob', 'Wheel', 'Engine', 'Session',
            'inversion_of', 'save_session', 'config_of', 'replay', 'save_latent', 'load_latent', 'finite', 'full_report',
-           'lpips_alex', 'write_results', 'spark', 'Live', 'panel', 'Glass', 'Cockpit', 'cockpit', 'Flipbook',
-           'triptych', 'scrubber', 'weights_grid', 'pose_view', 'depth_against', 'against_truth']
+           'write_results', 'spark', 'Live', 'panel', 'Glass', 'Cockpit', 'cockpit', 'Flipbook', 'triptych', 'scrubber',
+           'weights_grid', 'pose_view', 'depth_against', 'against_truth']
 
 # %% ../nbs/16_viewer.ipynb #edb26f6a
 import base64, contextlib, dataclasses, html, importlib, io, itertools, json, math, queue, sys, threading, time
@@ -24,7 +24,7 @@ from torch import Tensor
 from .camera import Pose, cam2world, intrinsics, project, turn, unproject
 from .checkpoints import save_checkpoint
 from .core import DivergedError, InputError, check_shape, config_from_dict, config_hash, config_to_dict, image_grid, load_tensors, read_json, resize, save_image, save_json, save_tensors, sha256, tensor_to_image, whole_file
-from .features import backends, load_identity, load_perceptual
+from .features import backends, load_identity, load_perceptual, lpips_alex
 from .losses import depth_std
 from .optimiser import InvertConfig, InvertState, Networks, Schedule, Stage, constant, invert, quick, result, run, search_start
 from .rendering import softplus_density
@@ -111,7 +111,7 @@ def comparison(
         planes = generator.planes(ws)
         view = generator.render(planes, pose)
     image = resize(image.to(view.rgb), view.rgb.shape[-1])
-    around = look(generator, planes, Pose.deg(list(yaws_deg), 0., ws.device), max(128, view.rgb.shape[-1]))
+    around = look(generator, planes, Pose.deg(list(yaws_deg), 0., ws.device).at(pose.radius), max(128, view.rgb.shape[-1]))
     fig = _figure(10, 4.9)
     top, bottom = fig.subfigures(2, 1, height_ratios=(1.25, 1))
     axes = top.subplots(1, 4)
@@ -144,6 +144,7 @@ def turntable(
     size:int=128, # rendered pixels a side (multiples of 16 suit film)
     shown:int=256, # pixels a side of the film: frames are enlarged smoothly
     fps:int=24,
+    radius:Tensor|None=None, # (1,) distance of the camera; None: the generator's own
 ) -> Path:
     "The head, turned from side to side, as a film"
     import imageio.v2 as imageio
@@ -151,7 +152,7 @@ def turntable(
     if path.suffix.lower() not in (".mp4", ".gif"): raise InputError(f"turntable: expected a .mp4 or .gif file, got {path.name!r}")
     if frames < 1 or size % 2 or shown % 2: raise InputError(f"turntable: expected at least one frame and even sizes, got {frames} frames of {size} and {shown}")
     with torch.no_grad(): planes = generator.planes(ws)
-    x = look(generator, planes, turntable_poses(frames, yaw_deg, pitch_deg, ws.device), size)
+    x = look(generator, planes, turntable_poses(frames, yaw_deg, pitch_deg, ws.device).at(radius), size)
     x = F.interpolate(x, (shown, shown), mode="bicubic", align_corners=False) if shown != size else x
     pictures = ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     film = dict(codec="libx264", quality=8, macro_block_size=2, pixelformat="yuv420p", ffmpeg_log_level="error") if path.suffix.lower() == ".mp4" else dict(loop=0)
@@ -501,8 +502,8 @@ class Engine(Wheel):
     def _begin(self): # look for a start
         self.phase, clock = "looking for a start", time.perf_counter()
         self.show(None)
-        w, self.starts = search_start(self.nets, self.target, self.config)
-        self.state = InvertState(w); self.snapshots[0] = self.state.copy()
+        w, self.starts, lost = search_start(self.nets, self.target, self.config)
+        self.state = InvertState(w, searched=lost); self.snapshots[0] = self.state.copy()
         self.seconds += time.perf_counter() - clock
 
     def _after(self, step): # called by `run`
@@ -548,7 +549,10 @@ class Session(Engine): # arguments as for `Engine`
         while (job := self.jobs.get()) is not None: job()
 
     def between(self):
-        while not self.jobs.empty(): self.jobs.get()()
+        while not self.jobs.empty():
+            job = self.jobs.get()
+            if job is None: return self.jobs.put(None) # `close`: the steps stop, then the thread finds it
+            job()
 
     def ask(self, f) -> Future: # f: a function without arguments
         "Run it between two steps, on the thread that owns the session; here, if none does yet"
@@ -609,7 +613,7 @@ def inversion_of(s:Engine): # -> Inversion
 def save_session(s:Session, folder, name:str="image") -> dict: # name: what report.json calls the image -> the report
     "The files of `posefree invert`; the steps go on meanwhile"
     judge = load_identity("portrait-eval", device=s.device) if s.generator.config.domain == "faces" else None
-    return write_results(name, s.image, s.result(), s.generator, s.config, folder, judge, lpips_alex(s.device))
+    return write_results(name, s.image, s.result(), s.generator, s.config, folder, judge, lpips_alex(s.device, s.config.perceptual))
 
 def config_of(values:dict) -> InvertConfig: # from `config_to_dict`
     "An inversion's configuration, back from JSON"
@@ -678,11 +682,6 @@ def full_report(name:str, image, inversion, judge=None, lpips=None) -> dict: # i
     report = dict(inversion.report, image=name, pose=inversion.report["pose"][0], backends=inversion.report["backends"] | backends(judge=judge, lpips=lpips), metrics={k: measured.get(k) for k in METRICS})
     return finite({k: report[k] for k in FIELDS} | {k: report[k] for k in ("hand", "trouble") if k in report})
 
-def lpips_alex(device): # or None
-    "LPIPS as it is used for evaluation, where its weights are on disk"
-    try: return load_perceptual("lpips-alex", device=device)
-    except InputError: return None
-
 # %% ../nbs/16_viewer.ipynb #16a00004
 def write_results(
     name:str, # what the report calls the image
@@ -702,7 +701,7 @@ def write_results(
     comparison(image, generator, ws, pose, folder/"comparison.png", title=Path(name).name)
     save_depth(inversion.view, folder/"depth.png")
     if aligned: save_image(image, folder/"aligned.png")
-    if film: turntable(generator, ws, folder/"turntable.mp4")
+    if film: turntable(generator, ws, folder/"turntable.mp4", radius=pose.radius)
     try: info = mesh(generator, ws, folder/"mesh.glb") if solid else None
     except InputError as e: note(f"{name}: {e}; no mesh.glb")
     else:
@@ -774,8 +773,7 @@ def _look_around(s:Session): # View of 3 images: the reconstruction, and turned 
         pose = G.pose(state.w)
         side = [turn(pose, math.radians(a)) for a in AROUND]
         yaw, pitch = (torch.cat([getattr(p, k) for p in (pose, *side)]) for k in ("yaw", "pitch"))
-        all_ = Pose(yaw, pitch, None if pose.radius is None else pose.radius.repeat(3))
-        return G.render(G.planes(state.w[:, None] + state.deltas(G)), all_), pose
+        return G.render(G.planes(state.w[:, None] + state.deltas(G)), Pose(yaw, pitch).at(pose.radius)), pose
 
 # %% ../nbs/16_viewer.ipynb #16b00007
 class Glass(Live):
@@ -789,7 +787,11 @@ class Glass(Live):
         self.sliders = {k: self._slider(W, k) for k in KNOBS}
         self.hands = {k: W.ToggleButton(icon="hand-paper-o", tooltip="held by hand; click to let go", layout=W.Layout(width="40px", padding="0", flex="0 0 auto")) for k in KNOBS}
         self.sparks = {k: W.HTML() for k in KNOBS}
-        self.chart = self._chart()
+        self.chart, self.charting = self._chart(), threading.RLock()
+        hear = self.chart.set_state
+        def alone(state): # while a widget hears the page, what it would say is held back, and of two messages the last is sent: plotly's would be lost
+            with self.charting: hear(state)
+        self.chart.set_state = alone
         self.buttons = {k: W.Button(description=k, icon=icon, tooltip=about, layout=W.Layout(width="92px")) for k, icon, about in (
             ("start", "play", "go on in the background"), ("pause", "pause", "after the step in hand"), ("step", "step-forward", "one step"), ("undo", "undo", f"back to the last snapshot (one every {session.every} steps)"),
             ("restart", "refresh", "back to step 0; what is held stays held"), ("save", "save", "the files of posefree invert"))}
@@ -856,7 +858,7 @@ class Cockpit(Glass):
         by_step = dict(zip(*curves.get("total", ([], []))))
         marks = [c for c in s.changes if c["step"] in by_step]
         data = {k: curves.get(k, ([], [])) for k in HUES} | {"by hand": ([c["step"] for c in marks], [by_step[c["step"]] for c in marks])} | {k: (list(range(len(trace))), poses[:, i].tolist()) for i, k in enumerate(("yaw", "pitch"))}
-        with self.chart.batch_update():
+        with self.charting, self.chart.batch_update():
             for line in self.chart.data: line.x, line.y = data[line.name]
             self.chart.data[len(HUES)].text = [f"{c['knob']} → {'schedule' if c['value'] is None else round(c['value'], 4)}" for c in marks]
 
@@ -978,7 +980,7 @@ def weights_grid(
 ) -> Flipbook:
     "Short runs from one start, two knobs held at a few values each"
     s = Session(image, generator, config, psi, phi)
-    start, _ = search_start(s.nets, s.target, config)
+    start = search_start(s.nets, s.target, config)[0]
     held = [[{first[0]: a, second[0]: b} for b in second[1]] for a in first[1]]
     runs = [[invert(s.target, generator, steered(config, h), state=InvertState(start), psi=s.nets.psi, phi=s.nets.phi) for h in row] for row in held]
     middle = runs[len(runs) // 2][len(runs[0]) // 2].view

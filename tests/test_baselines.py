@@ -11,9 +11,9 @@ from posefree_kit import baselines
 from posefree_kit.baselines import METHODS, Camera, LatentEncoder, LatentTraining, Symmetry, TunedBatch, Tuning, conflict, encoder, encoder_latent, first_stage, fresh_encoder, load_latent_encoder, mirror_term, pose_opt, pti, read_latent_encoder, save_latent_encoder, spi, train_latent_encoder
 from posefree_kit.camera import Pose, mirror
 from posefree_kit.checkpoints import load_generator, save_checkpoint
-from posefree_kit.core import InputError
+from posefree_kit.core import InputError, config_hash
 from posefree_kit.discriminator import Discriminator, DiscriminatorConfig
-from posefree_kit.generator import GeneratorConfig, View
+from posefree_kit.generator import GeneratorConfig, View, pof3d_config
 from posefree_kit.optimiser import Networks, Stage, invert, quick
 from posefree_kit.portraits import HELD_OUT, portrait
 from posefree_kit.pose import PoseFreeGenerator
@@ -71,7 +71,29 @@ def test_pose_opt_moves_the_camera_first_and_alone(G):
     assert all(torch.equal(w, seen[0][0]) for w, _ in seen[:4]) and not torch.equal(seen[4][0], seen[0][0])
     assert all(not torch.equal(a[1], b[1]) for a, b in zip(seen, seen[1:])) and not torch.equal(inv.pose.yaw, G.pose(inv.w).yaw)
     again = invert(G.sample(1, seed=1)[1].rgb, G, TINY, state=inv.state, **frozen)
-    assert torch.equal(again.pose.yaw, inv.pose.yaw)
+    assert torch.equal(again.pose.yaw, inv.pose.yaw) and again.report["method"] == "pose_opt"
+
+
+def test_pose_opt_keeps_the_distance_that_a_generator_learnt():
+    torch.manual_seed(0)
+    G = PoseFreeGenerator(pof3d_config(width=24, channels=(16, 16, 12), samples=7, fine_samples=6, render_resolution=16, superresolution="none", march="eg3d", pose_rule="look_at", pose_extra="radius")).requires_grad_(False).eval()
+    seen = []
+    inv = pose_opt(G.sample(1, seed=1)[1].rgb, G, TINY, lambda s: seen.append(s.pose), **frozen)
+    assert all(p.radius is not None for p in seen) and torch.equal(inv.pose.radius, G.pose(inv.w).radius) and not torch.equal(inv.pose.yaw, G.pose(inv.w).yaw)
+
+
+def test_after_trouble_the_camera_goes_on_at_half_the_rate_too(G):
+    class Bad(Pixels):
+        calls = 0
+        @staticmethod
+        def distance(a, b, mask=None):
+            Bad.calls += 1
+            return Pixels.distance(a, b) * (float("inf") if Bad.calls == 3 else 1.)
+    go = lambda psi: pose_opt(G.sample(1, seed=1)[1].rgb, G, dataclasses.replace(TINY, start_steps=0), lambda s: seen.append(s.state.free.angles.clone()), Camera(preheat=.9, start=Pose.deg(10.)), psi=psi, phi=Pixels)
+    seen = []; go(Pixels); plain = seen
+    seen = []; assert "rec is not finite at step 2" in go(Bad).report["trouble"]             # steps 0, 1, trouble, 1 again
+    moved = lambda s, i: (s[i] - s[i - 1]).norm()
+    assert torch.equal(seen[1], plain[1]) and moved([seen[0], seen[2]], 1) < .6 * moved(plain, 1)
 
 
 def test_pose_opt_depends_on_its_first_pose(face):
@@ -99,6 +121,8 @@ def test_tuning_is_one_generator_an_image(G):
     turned = both.generator.render(both.generator.planes(both.ws), Pose.deg([-20., 20., -20., 20.])).rgb
     assert torch.allclose(turned[2:], both.generator[1].view(both.ws[1:], Pose.deg([-20., 20.])).rgb, atol=1e-6)
     with pytest.raises(InputError, match="expected 2 latents"): both.generator.planes(both.ws[:1])
+    with pytest.raises(InputError, match="got 3 poses and 2 generators"): both.generator.render(both.generator.planes(both.ws), Pose.deg([-20., 20., 0.]))
+    assert one.report["config"] == config_hash(TINY)
 
 
 @pytest.mark.parametrize("stop, tuned", [(2, False), (8, True)])
@@ -202,6 +226,8 @@ def test_an_interrupted_training_goes_on_exactly(G, pictures, tmp_path):
     assert more.card["started_from"]["name"] == "a" and (more.w.weight - whole.w.weight).abs().max() < .1
     for bad, text in ((dict(), "budget"), (dict(steps=-1), "budget"), (dict(steps=7, resume=True), "expected the state")):
         with pytest.raises(InputError, match=text): train_latent_encoder(G, pictures, tmp_path/"d", training=QUICK, **bad, **frozen)
+    for bad in (dict(batch=1), dict(held=0), dict(known=1.5)):
+        with pytest.raises(InputError, match=f"LatentTraining.{[*bad][0]}: expected"): LatentTraining(**bad)
     with pytest.raises(InputError, match="at least 8"): train_latent_encoder(G, pictures[:6], tmp_path/"d", steps=1, training=QUICK, **frozen)
 
 

@@ -124,10 +124,20 @@ def test_resume_knows_its_own_results_whatever_the_method(home, tmp_path):
 def test_resume_takes_nothing_made_otherwise_for_its_own(home, tmp_path):
     job = lambda **changes: types.SimpleNamespace(**dict(resume=True, generator=load_generator(home/"small.safetensors", "cpu"), method="latent", config=optimiser.with_steps(optimiser.quick(candidates=16, starts=2, start_steps=1), 2), asked=dict(align=False, background=None, framing=None, encoder=None)) | changes)
     assert invert(home, home/"a.png", out=tmp_path, extra=LIGHT)[0] == 0
-    assert cli.skip(tmp_path/"a", job())["image"].endswith("a.png")
+    assert cli.skip(home/"a.png", tmp_path/"a", job())["image"].endswith("a.png")
     for changes, said in ((dict(config=dataclasses.replace(job().config, perceptual="lpips-alex")), "perceptual portrait"), (dict(asked=job().asked | dict(align=True, background="plain")), "align False, background None"),
                           (dict(config=optimiser.with_steps(job().config, 3)), "steps 2"), (dict(asked=job().asked | dict(encoder="ab")), "encoder None")):
-        with pytest.raises(InputError, match=said): cli.skip(tmp_path/"a", job(**changes))
+        with pytest.raises(InputError, match=said): cli.skip(home/"a.png", tmp_path/"a", job(**changes))
+
+def test_resume_looks_at_the_picture_and_adds_what_was_left_out(home, tmp_path, monkeypatch):
+    monkeypatch.setattr(viewer, "turntable", functools.partial(viewer.turntable, frames=2, size=16, shown=32))
+    shutil.copy(home/"a.png", tmp_path/"a.png")
+    assert invert(home, tmp_path/"a.png", out=tmp_path/"o", extra=LIGHT)[0] == 0 and not (tmp_path/"o"/"a"/"turntable.mp4").exists()
+    before = (tmp_path/"o"/"a"/"report.json").read_bytes()
+    code, said, _ = invert(home, tmp_path/"a.png", out=tmp_path/"o", extra=("--resume", "--no-mesh"))
+    assert code == 0 and "turntable.mp4 added" in said and (tmp_path/"o"/"a"/"turntable.mp4").stat().st_size > 500 and (tmp_path/"o"/"a"/"report.json").read_bytes() == before
+    Image.open(home/"a.png").transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(tmp_path/"a.png") # another person under that name
+    error(invert(home, tmp_path/"a.png", out=tmp_path/"o", extra=(*LIGHT, "--resume")), "those of another file of that name")
 
 def test_what_has_no_pose_takes_none(home, tmp_path):
     invert(home, home/"a.png", out=tmp_path, extra=LIGHT)
@@ -170,6 +180,20 @@ def test_names_may_be_strange(home, tmp_path, monkeypatch):
     assert code == 0, err
     assert sorted(p.name for p in Path("o").iterdir()) == sorted(("-dash", "größe 名 x", "a.b", "$x^$_"))
 
+def test_a_name_that_is_no_text_costs_nobody(home, tmp_path):
+    strange = os.fsdecode(os.fsencode(tmp_path) + b"/f\xff.png")
+    try: shutil.copy(home/"a.png", strange)
+    except OSError: pytest.skip("this file system takes no such name")
+    code, said, err = invert(home, strange, home/"a.png", out=tmp_path/"o", extra=LIGHT)
+    assert code == 0 and "2 of 2 images done" in said, (said, err)
+    assert json.loads(next((tmp_path/"o").glob("f*/report.json")).read_text(encoding="utf-8"))["image"].endswith("f?.png")
+
+def test_an_import_replaces_nothing_that_it_reads(tmp_path):
+    (tmp_path/"model.json").write_text("{}"); (tmp_path/"model.pt").touch()
+    error(posefree("import-official", tmp_path/"model.pt", tmp_path/"model.safetensors", "--config", tmp_path/"model.json", "--overwrite"), "would replace", "which is read")
+    error(posefree("import-official", tmp_path/"model.pt", tmp_path/"model.safetensors"), "expected a new file", "model.json")
+    assert (tmp_path/"model.json").read_text() == "{}"
+
 def test_one_name_twice_is_told(home, tmp_path):
     (tmp_path/"other").mkdir(); shutil.copy(home/"a.png", tmp_path/"other"/"a.png")
     code, said, err = invert(home, home/"a.png", tmp_path/"other"/"a.png", out=tmp_path/"o", extra=LIGHT)
@@ -177,7 +201,7 @@ def test_one_name_twice_is_told(home, tmp_path):
 
 @pytest.mark.parametrize("args, text", [
     (("--steps", 0), "expected at least 1 step, got 0"), (("--steps", -3), "at least 1 step"), (("--preset", "slow"), "expected a preset among quick, paper; got 'slow'"),
-    (("--space", "z"), "got 'z'"), (("--method", "guess"), "expected a method among latent, pose_opt, pti, spi, encoder, encoder+latent; got 'guess'"), (("--encoder", "x.safetensors"), "got it with latent"), (("--generator", "nobody"), "expected a generator"), (("--device", "cuda:7"), "expected a device"), (("--device", "toaster"), "expected a device"),
+    (("--space", "z"), "got 'z'"), (("--method", "guess"), "expected a method among latent, pose_opt, pti, spi, encoder, encoder+latent; got 'guess'"), (("--encoder", "x.safetensors"), "got it with latent"), (("--background", "plain"), "got --background plain without it"), (("--framing", "ffhq"), "got --framing ffhq without it"), (("--generator", "nobody"), "expected a generator"), (("--device", "cuda:7"), "expected a device"), (("--device", "toaster"), "expected a device"),
     (("--perceptual", "nothing"), "nothing"), (("--identity", "nothing"), "nothing"), (("--background", "blue", "--align"), "keep or plain"), (("--resume", "--overwrite"), "got both"), (("--framing", "square"), "auto, portraits, ffhq"), (("--seed", 10 ** 15), "seed")], ids=lambda v: " ".join(map(str, v)) if isinstance(v, tuple) else "")
 def test_wrong_options_stop_the_call(home, tmp_path, args, text):
     error(posefree("invert", home/"a.png", "--out", tmp_path/"o", *(() if "--generator" in args else ("--generator", home/"small.safetensors")), "--no-progress", *args), text)

@@ -90,6 +90,27 @@ def test_divergence_names_the_loss_and_keeps_the_last_good_state(G):
     assert e.value.state.w.isfinite().all() and e.value.state.step > 0
 
 
+@pytest.mark.parametrize("once", [True, False])
+def test_trouble_in_the_start_search_is_told(G, once):
+    class Bad(Pixels):
+        calls = 0
+        @staticmethod
+        def distance(a, b, mask=None):
+            Bad.calls += len(a) == TINY.starts                                       # the image's starts, together
+            return Pixels.distance(a, b) * (float("inf") if Bad.calls == 3 or Bad.calls > 3 and not once else 1.)
+    go = lambda: invert(G.sample(1, seed=6)[1].rgb, G, TINY, psi=Bad, phi=Pixels)
+    if once: assert go().report["trouble"].startswith("in the start search: rec is not finite at step")
+    else:
+        with pytest.raises(DivergedError, match="in the start search: rec") as e: go()
+        assert e.value.state.w.shape == (1, G.config.w_dim)
+
+
+def test_networks_without_a_name_are_told_by_their_kind(G):
+    class Nameless: features, distance, embed = (staticmethod(getattr(Pixels, k)) for k in ("features", "distance", "embed"))
+    report = invert(G.sample(1, seed=6)[1].rgb, G, dataclasses.replace(TINY, start_steps=0), psi=Nameless(), phi=Pixels).report
+    assert report["backends"] == dict(perceptual="Nameless (given by the caller)", identity="pixels (given by the caller)") and report["start_scores"] is None # nothing was compared
+
+
 @pytest.mark.parametrize("image", [torch.zeros(3, 16, 16), torch.zeros(1, 3, 16, 12), torch.full((1, 3, 16, 16), float("nan"))])
 def test_bad_images(G, image):
     with pytest.raises(InputError): run(G, image)

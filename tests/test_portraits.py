@@ -195,6 +195,9 @@ def test_cuda_gives_the_same_pixels(crowd):
     assert max((getattr(crowd, f) - getattr(r, f).cpu()).abs().mean().item() for f in FIELDS) < 1e-4
 
 
+def test_a_distance_of_ones_own_is_refused():
+    with pytest.raises(InputError, match="poses without a radius"): portrait_batch([1], 16, poses=Pose.deg(0.).at(torch.tensor([2.2])))
+
 def test_no_picture_replaces_another(tmp_path):
     with pytest.raises(InputError, match="each seed once"): write_portraits([HELD_OUT, HELD_OUT], tmp_path, 16, variation=[0, 1])
     assert not list(tmp_path.iterdir())

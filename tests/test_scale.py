@@ -14,7 +14,7 @@ from small import generator, picture
 from typer.testing import CliRunner
 
 from posefree_kit import cli, optimiser
-from posefree_kit.baselines import METHODS
+from posefree_kit.baselines import METHODS, fresh_encoder, save_latent_encoder
 from posefree_kit.checkpoints import load_generator
 from posefree_kit.core import DivergedError, InputError, load_image, sha256
 from posefree_kit.evaluation import Busy
@@ -155,6 +155,25 @@ def test_inputs(home, tmp_path):
     for source, text in {tmp_path/"bad.parquet": "a Parquet file", tmp_path/"bad.txt": "UTF-8", tmp_path/"empty": "got none", tmp_path/"none": "no such file", tmp_path/"x.parquet": "a column image, bytes or path"}.items():
         with pytest.raises(InputError, match=text): listing(source, home)
     with pytest.raises(InputError, match="outside the input folder"): listing(folder, folder/"out")
+    (tmp_path/"bom.txt").write_text("a/x.png\n", encoding="utf-8-sig")
+    assert listing(tmp_path/"bom.txt", home).names == ["a/x.png"]
+    (tmp_path/"linked").mkdir(); (tmp_path/"linked"/"a").symlink_to(folder); (tmp_path/"linked"/"b").symlink_to(tmp_path/"linked") # the second leads round in a circle
+    assert listing(tmp_path/"linked", home).names == [f"a/{n}" for n in listing(folder, tmp_path).names]
+
+def test_results_of_others_are_left_alone(home, tmp_path):
+    (tmp_path/"o"/"face").mkdir(parents=True); (tmp_path/"o"/"face"/"report.json").write_text("{}")
+    with pytest.raises(InputError, match="without other results in .* got face/report.json"): run(home, tmp_path/"o")
+    assert not (tmp_path/"o"/"run.json").exists()
+
+def test_a_generator_without_an_encoder_stops_the_run_and_one_of_its_own_is_named(home, tmp_path):
+    with pytest.raises(InputError, match="expected a latent encoder for the generator"): run(home, tmp_path/"o", method="encoder")
+    G = load_generator(home/"generator.safetensors", "cpu")
+    save_latent_encoder(fresh_encoder(G), tmp_path/"e.safetensors", G)
+    assert run(home, tmp_path/"p", method="encoder", encoder=str(tmp_path/"e.safetensors")).failed == 1
+    code, said, _ = command(home, tmp_path/"q", "--local", "--no-files", "--method", "encoder", "--encoder", tmp_path/"e.safetensors", "--steps", 1)
+    assert code == 2 and "5 of 6 images inverted" in said and tight(read_results(tmp_path/"q")) == tight(read_results(tmp_path/"p"))
+    code, _, err = command(home, tmp_path/"r", "--local", "--method", "encoder")
+    assert code == 2 and "expected a latent encoder" in err[0] and not (tmp_path/"r"/"run.json").exists()
 
 def test_bytes_and_paths_give_the_same_rows(home, whole, tmp_path):
     names = ["0.png", "1.png", "2.png", "3-bad.png", "3.png", "4.png"]

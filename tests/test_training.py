@@ -8,7 +8,7 @@ from posefree_kit.camera import Pose, mirror
 from posefree_kit.core import InputError, rng
 from posefree_kit.discriminator import DiscriminatorConfig
 from posefree_kit.generator import GeneratorConfig, View
-from posefree_kit.training import Fakes, TrainConfig, UnposedImages, fit, grow, load_state, new_state, r1_penalty, relit, train_step
+from posefree_kit.training import Fakes, TrainConfig, UnposedImages, fit, grow, load_state, new_state, r1_penalty, relit, save_state, train_step
 
 G8, D8 = GeneratorConfig(channels=(8, 8), plane_channels=4, render_resolution=8, samples=6), DiscriminatorConfig(channels=(8, 8))
 C = TrainConfig(batch=4, hold_kimg=0.)
@@ -296,6 +296,9 @@ def test_growing_twice_and_never_half_way(images, tmp_path):
     train_step(s, x)
     with pytest.raises(InputError, match="fully in, got one at 0.0 of 0.008 kimg"): grow(s, 8, 8, C)
     with pytest.raises(InputError, match="would read poses"): save_checkpoint(tmp_path/"half", s.ema, s.d_ema)
+    save_state(s, tmp_path/"half.state"); again = load_state(tmp_path/"half.state")                # loaded, and not a step taken
+    assert 0 < again.d_ema.fade == again.D.fade < 1 and again.D.condition == again.d_ema.condition
+    with pytest.raises(InputError, match="would read poses"): save_checkpoint(tmp_path/"half", again.ema, again.d_ema)
     for _ in range(3): train_step(s, x)
     seen = x.images[:2].float() / 127.5 - 1
     save_checkpoint(tmp_path/"run-0.5", s.ema, s.d_ema, half=False); save_checkpoint(tmp_path/"run-0.25", s.ema)
@@ -315,6 +318,22 @@ def test_a_run_goes_on_with_its_own_settings_or_says_so(images, tmp_path):
     with pytest.raises(InputError, match="TrainConfig that the run in .* batch, seed"): fit(images, tmp_path, config=dataclasses.replace(C, batch=2, seed=9), kimg=.008, progress=False, device="cpu")
     with pytest.raises(InputError, match="GeneratorConfig that the run in .* samples"): fit(images, tmp_path, dataclasses.replace(G8, samples=5), D8, C, kimg=.008, progress=False, device="cpu")
     assert fit(images, tmp_path, kimg=.008, progress=False, device="cpu").seen == 8
+    with pytest.raises(InputError, match="TrainConfig of `start` .* batch"): fit(images, tmp_path/"other", config=dataclasses.replace(C, batch=2), start=new_state(G8, D8, C), kimg=.004, progress=False, device="cpu")
+    with pytest.raises(InputError, match="TrainConfig.seed: expected 0 to"): TrainConfig(seed=1 << 62)
+
+
+def test_a_run_does_not_end_with_weights_that_are_no_numbers(images, tmp_path, monkeypatch):
+    "The last step of the budget spoils a weight, once: a step back, and on to the end at half the rate"
+    from posefree_kit import training
+    honest, spoilt = training.train_step, []
+    def step(s, *args):
+        parts = honest(s, *args)
+        if s.seen == 12 and not spoilt: spoilt.append(s.groups[0]["lr"]); next(s.ema.parameters()).data.fill_(math.nan)
+        return parts
+    monkeypatch.setattr(training, "train_step", step)
+    s = fit(images, tmp_path, G8, D8, C, kimg=.012, progress=False, device="cpu")
+    assert spoilt and s.seen == 12 and training.sound(s) and "a weight is not finite at step" in s.trouble and s.groups[0]["lr"] == pytest.approx(spoilt[0] / 2)
+    assert load_state(tmp_path/"run.state").seen == 12 and [json.loads(line)["kimg"] for line in (tmp_path/"log.jsonl").read_text().splitlines()] == [.012]
 
 
 def test_a_folder_of_pictures_is_read_whole_or_refused(tmp_path):
@@ -324,7 +343,7 @@ def test_a_folder_of_pictures_is_read_whole_or_refused(tmp_path):
     for name in ("a.png", "b.tif", "c.ppm"): full(8, 8).save(tmp_path/name)
     np.save(tmp_path/"d.npy", np.full((2, 3, 8, 8), 255, np.uint8))
     assert len(x := UnposedImages.folder(tmp_path, 8)) == 5 and int(x.images.min()) == 255
-    for name, write, said in (("e.npy", lambda p: np.save(p, np.ones((2, 3, 8, 8), np.float32)), "uint8 in 'e.npy'.*float32"), ("f.npy", lambda p: p.write_bytes(b"\x93NUMPY cut"), "in 'f.npy'"), ("g.png", lambda p: full(8, 12).save(p), "square images to train on, got 'g.png' of 12 x 8")):
+    for name, write, said in (("e.npy", lambda p: np.save(p, np.ones((2, 3, 8, 8), np.float32)), "uint8 in 'e.npy'.*float32"), ("f.npy", lambda p: p.write_bytes(b"\x93NUMPY cut"), "in 'f.npy'"), ("h.npy", lambda p: np.savez(p.open("wb"), x=np.ones(2)), "in 'h.npy', got an archive of arrays"), ("g.png", lambda p: full(8, 12).save(p), "square images to train on, got 'g.png' of 12 x 8")):
         write(tmp_path/name)
         with pytest.raises(InputError, match=said): UnposedImages.folder(tmp_path, 8)
         (tmp_path/name).unlink()
@@ -355,5 +374,5 @@ def test_moments_are_matched(images):
     f = Fakes(s, rng(0), images.batch(4, torch.Generator()))
     assert f.drawn.sum() == 2 and not f.drawn[f.encoded.at].any()
     with pytest.raises(InputError, match="match_kimg"): TrainConfig(match_kimg=0.)
-    for bad in (dict(batch=1), dict(encode_share=1.)):
+    for bad in (dict(batch=1), dict(encode_share=1.), dict(batch=4, encode_share=.9)):
         with pytest.raises(InputError, match="match_weight: expected batches of at least 4"): TrainConfig(match_weight=1., **bad)

@@ -4,10 +4,12 @@ import functools
 import io
 import json
 import math
+import threading
 import time
 
 import imageio.v2 as imageio
 import matplotlib
+import numpy as np
 import pytest
 import torch
 import trimesh
@@ -70,6 +72,8 @@ def test_comparison_is_written_and_shows_the_error(G, w, tmp_path):
     assert "mean 0.000" in fig.subfigs[0].axes[2].get_title() and len(fig.subfigs[1].axes) == 5
     assert "mean 0.1" in comparison((image + .25).clamp(-1, 1), G, w, pose).subfigs[0].axes[2].get_title()
     assert Image.open(tmp_path/"c.png").size[0] > 800 and matplotlib.get_backend() == backend
+    around = lambda p: comparison(image, G, w, p).subfigs[1].axes[2].images[0].get_array()
+    assert abs(around(pose.at(torch.tensor([2.2]))) - around(pose)).mean() > .02                # ... and from the distance of the reconstruction's camera
     comparison(torch.nn.functional.interpolate(image, (128, 128)), G, w, pose)                  # a larger input is made smaller
     with pytest.raises(InputError, match="square"): comparison(torch.zeros(1, 3, 8, 9), G, w, pose)
     save_depth(G.view(w, pose), tmp_path/"d.png"); assert Image.open(tmp_path/"d.png").size[0] > 200
@@ -81,9 +85,12 @@ def test_turntable_loops(G, w, tmp_path):
         turntable(G, w, tmp_path/name, frames=6, size=32, shown=64)
         frames = imageio.mimread(tmp_path/name)
         assert len(frames) == 6 and frames[0].shape[:2] == (64, 64)
+    turntable(G, w, tmp_path/"near.gif", frames=6, size=32, shown=64, radius=torch.tensor([2.2]))  # a camera that the generator learnt the distance of
+    near, far = (np.stack([f[..., :3] for f in imageio.mimread(tmp_path/name)]).astype(float) for name in ("near.gif", "t.gif"))
+    assert abs(near - far).mean() > 5
     with pytest.raises(InputError, match="mp4 or .gif"): turntable(G, w, tmp_path/"t.avi")
     with pytest.raises(InputError, match="even sizes"): turntable(G, w, tmp_path/"t.mp4", size=33)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["t.gif", "t.mp4"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["near.gif", "t.gif", "t.mp4"]
 
 @pytest.mark.parametrize("suffix", ("glb", "ply"))
 def test_the_mesh_of_a_sphere_is_a_sphere(tmp_path, suffix):
@@ -243,6 +250,13 @@ def test_a_divergence_stops_the_run_and_leaves_it_usable(session, monkeypatch):
     monkeypatch.undo()
     session.undo(); session.start(); assert session.wait(300) and session.done and not session.error
 
+def test_a_running_session_is_closed(small, face):
+    s, steps = Session(face, small, with_steps(SHORT, 500), Plain(), Plain()), threading.Event()
+    s.watchers.append(lambda s, step: steps.set() if step else None)
+    s.start(); assert steps.wait(120)
+    closing = threading.Thread(target=s.close, daemon=True); closing.start(); closing.join(60)
+    assert not closing.is_alive() and s.thread is None and s.failure is None and 0 < s.state.step < 500
+
 def test_a_failure_in_the_background_is_raised_to_whoever_waits(session):
     session.watchers.append(lambda s, step: 1 / 0)
     session.start()
@@ -281,6 +295,20 @@ def test_the_cockpit_steers_by_its_widgets_and_degrades(small, face, tmp_path, c
         bundle = c._repr_mimebundle_()
         assert "application/vnd.jupyter.widget-view+json" in bundle and Image.open(io.BytesIO(base64.b64decode(bundle["image/jpeg"]))).size[0] > 800
     finally: s.close()
+
+def test_a_chart_that_hears_the_page_loses_nothing(small, face):
+    "The kernel's thread answers the page while the session's thread draws"
+    c, inside, told = cockpit(face, small, SHORT, psi=Plain(), phi=Plain()), threading.Event(), []
+    try:
+        c.session.watchers.clear(); c.session.advance(3)                                          # nothing of it is drawn yet
+        c.chart.observe(lambda change: told.append(change["new"]), "_py2js_update")
+        page, take = threading.Thread(target=lambda: c.chart.set_state(dict(_last_layout_edit_id=9))), c.chart.set_trait
+        def late(*args): take(*args); inside.set(); time.sleep(.3)                                # what the widget would say is held back here
+        c.chart.set_trait = late
+        page.start(); assert inside.wait(30)
+        c._draw_chart(); page.join(30)
+        assert any(told)
+    finally: c.session.close()
 
 def test_the_display_keeps_to_its_share(small, face, monkeypatch):
     c = cockpit(face, small, SHORT, share=.2, psi=Plain(), phi=Plain())
