@@ -217,11 +217,10 @@ def one_image(path:Path, job:Job) -> dict: # the report
         made = complete_files(path, folder, job)
         say(f"{path}: done before, " + (f"{' and '.join(made)} added" if made else "skipped")); return done
     image, aligned = read_square(path, job)
-    folder = writable(folder)
+    asked, folder = (job.asked or {}) | dict(input=sha256(path)), writable(folder)
     for n in (*FILES[::-1], *TUNED, "aligned.png", "last-good.safetensors"): (folder/n).unlink(missing_ok=True)
     inversion = optimise(path, image, job, folder)
     if trouble := inversion.report.get("trouble"): say(f"note: {path}: {trouble}: one step back, and on at half the rate", err=True)
-    asked = (job.asked or {}) | dict(input=sha256(path))
     report = write_results(str(path).encode(errors="replace").decode(), image, inversion, job.generator, job.config, folder, job.judge, job.lpips, aligned, asked, job.mesh, job.video, lambda text: say(f"note: {text}", err=True))
     m, p = report["metrics"], report["pose"]
     known = lambda k, unit: f"{m[k]:.{2 if k == 'id' else 1}f}{unit}" if m.get(k) is not None else "-"
@@ -333,7 +332,8 @@ def latent_and_generator(latent, generator, device:str) -> tuple: # generator: i
     t, meta = load_latent(latent)
     made = meta.get("generator", {})
     if "tuned" in meta: made = dict(name=meta["tuned"]["file"], sha256=meta["tuned"]["sha256"]) # its own copy, which lies beside it
-    G = generator if not isinstance(generator, (str, type(None))) and "tuned" not in meta else load_generator(generator or (Path(latent).with_name(made["name"]) if "tuned" in meta else made.get("name", "portraits")), device)
+    there = generator if hasattr(generator, "planes") else None
+    G = there if there is not None and "tuned" not in meta else load_generator((generator if there is None else None) or (Path(latent).with_name(made["name"]) if "tuned" in meta else made.get("name", "portraits")), device)
     if G.sha256 != made.get("sha256"): raise InputError(f"expected the generator that the latent was made with ({made.get('name')}, SHA-256 {str(made.get('sha256'))[:12]}...), got {G.name} ({G.sha256[:12]}...): name its file with --generator")
     return G, G.expand_ws(t["ws"].to(G.w_avg.device)), Pose(t["pose"][:, 0], t["pose"][:, 1], t.get("radius")).to(G.w_avg.device)
 
@@ -401,7 +401,8 @@ def scale(
     from posefree_kit.checkpoints import load_generator
     from posefree_kit.core import InputError, resolve_device
     from posefree_kit.viewer import write_results
-    if not address: march_for(compiled, resolve_device(device)) # else each worker asks its own machine
+    if not address: march_for(compiled, resolve_device(device))
+    elif compiled and device != "cpu": raise InputError(f"--compiled with --address: expected --device cpu, got {device}: that march is for CPUs")
     check_cut(align, background, framing); check_encoder(encoder, method)
     if local and address: raise InputError("expected --local or --address, got both")
     many.need("pyarrow.parquet")
@@ -409,10 +410,10 @@ def scale(
     config = inversion_config(G.config.domain, preset, space, seed, steps, perceptual, identity)
     read = functools.partial(cut_out, side=max(256, G.resolution), background=background, framing=framing_for(G, framing)) if align else many.read_square
     write = functools.partial(write_results, solid=mesh, film=video) if files else None
-    net = load_latent_encoder(G, encoder) if method.startswith("encoder") else None
-    more = dict(files=[files, files and mesh, files and video], align=[background, framing] if align else None) | (dict(encoder=net.card["sha256"]) if encoder else {})
+    if method.startswith("encoder"): load_latent_encoder(G, encoder) # a wrong one stops the call, not each image
+    more = dict(files=[files, files and mesh, files and video], align=[background, framing] if align else None)
     path = str(Path(generator).resolve()) if Path(generator).is_file() else generator
-    job = many.Job(str(writable(out)), path, G.sha256, config, method, str(encoder.resolve()) if encoder else None, batch, device, cores, compiled, read, write, more)
+    job = many.Job(str(writable(out)), path, G.sha256, config, method, str(Path(encoder).resolve()) if encoder else None, batch, device, cores, compiled, read, write, more)
     s = many.scale(input, job, local, workers, address, retries, resume=resume, progress=progress, say=lambda text: say(text, err=True))
     say(f"{s.images - s.failed} of {s.images} images inverted" + (f", {s.failed} failed" if s.failed else "") + f"; {s.new} of them now, in {s.seconds:.0f} s ({s.new / max(s.seconds, 1e-9):.3g} a second) -> {s.out/'rows.parquet'}")
     return s

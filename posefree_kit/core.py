@@ -7,7 +7,7 @@ __all__ = ['GLOSSARY', 'MAX_SIDE', 'MAX_PIXELS', 'MANY_PIXELS', 'FORMATS', 'Net'
            'check_shape', 'resolve_device', 'rng', 'seed_everything', 'Part', 'batch_rand', 'image_to_tensor',
            'tensor_to_image', 'load_image', 'readable', 'image_suffixes', 'resize', 'image_grid', 'sha256', 'ending',
            'whole_file', 'finish_steps', 'memory_advice', 'save_image', 'save_json', 'config_to_dict', 'config_hash',
-           'config_from_dict', 'check_range', 'parse_json', 'read_json', 'tensor_digest', 'tensor_bytes',
+           'config_from_dict', 'check_range', 'parse_json', 'read_json', 'read_array', 'tensor_digest', 'tensor_bytes',
            'save_tensors', 'open_tensors', 'load_tensors', 'Hollow', 'read_network', 'save_values', 'load_values',
            'read_torch', 'Figures', 'record']
 
@@ -327,6 +327,13 @@ def read_json(path, most:int=64_000_000) -> dict: # most: bytes
     if size > most: raise InputError(f"{str(path)!r}: expected at most {most:,} bytes of JSON, got {size:,}")
     if not isinstance(value, dict): raise InputError(f"{str(path)!r}: expected a JSON object, got {type(value).__name__}")
     return value
+
+def read_array(path) -> np.ndarray: # path: a .npy file
+    "The array of numbers in a .npy file; anything else is an `InputError`"
+    try: x = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile) as e: raise InputError(f"expected an array of numbers in {Path(path).name!r}, got: {e}") from e
+    if not isinstance(x, np.ndarray) or x.dtype.kind not in "fiu": raise InputError(f"expected an array of numbers in {Path(path).name!r}, got {x.dtype if isinstance(x, np.ndarray) else 'an archive of arrays'}")
+    return x
 
 # %% ../nbs/00_core.ipynb #7f1d0a03
 def tensor_digest(tensors:dict, values:dict) -> str:

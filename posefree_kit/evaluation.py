@@ -25,7 +25,7 @@ from torch import nn, Tensor
 from .baselines import METHODS
 from .camera import FOCAL, Pose, align_pose, fit_frame, intrinsics, turn, unproject
 from .checkpoints import ASSETS
-from .core import InputError, check_shape, config_hash, config_to_dict, image_grid, load_image, load_tensors, parse_json, read_json, read_network, resize, rng, save_image, save_json, save_tensors, sha256, whole_file
+from .core import InputError, check_shape, config_hash, config_to_dict, image_grid, load_image, load_tensors, parse_json, read_array, read_json, read_network, resize, rng, save_image, save_json, save_tensors, sha256, whole_file
 from .features import load_identity, load_perceptual, lpips_alex
 from .losses import depth_std
 from .optimiser import InvertConfig, Inversion, Schedule, Stage, constant, quick
@@ -555,7 +555,7 @@ def groups(rows:list, by=GROUP) -> dict: # values of `by` -> rows
 
 def pose_errors(rows:list) -> list: # the same rows, with pose_yaw_deg and pose_pitch_deg
     "Compare poses: one rotation of the frame for each method, fitted on its other images of all sets; own samples as they are"
-    rows = [{k: v for k, v in r.items() if k not in ("pose_yaw_deg", "pose_pitch_deg")} for r in rows] # of other frames
+    rows = [dict(r) for r in rows]
     known = [r for r in rows if all(r.get(k) is not None for k in ("yaw_deg", "true_yaw_deg"))]
     for g in groups(known, [k for k in GROUP if k != "set"]).values():
         for own in (True, False):
@@ -579,9 +579,9 @@ def paired(rows:list, others:list, key:str) -> dict: # n, mean, low, high of (ro
     rows = [r for r in rows if r.get(key) is not None and (r["set"], r["image"]) in at]
     shared = {(r["set"], r["image"]) for r in rows}
     others = [r for r in others if r.get(key) is not None and (r["set"], r["image"]) in shared]
-    if key in ("pose_yaw_deg", "pose_pitch_deg"): rows, others = pose_errors(rows), pose_errors(others)
+    if key in ("pose_yaw_deg", "pose_pitch_deg"): rows, others = (pose_errors([{k: v for k, v in r.items() if k != key} for r in side]) for side in (rows, others)) # nothing of other frames stays
     at = {(r["set"], r["image"]): r[key] for r in others if key in r} # no frame is fitted on less than three
-    d = [r[key] - at[r["set"], r["image"]] for r in rows if key in r]
+    d = [r[key] - at[r["set"], r["image"]] for r in rows if key in r and (r["set"], r["image"]) in at]
     return dict(zip(("mean", "low", "high"), interval(d))) | dict(n=len(d))
 
 def verdict(d:dict, better:str, least:int=8) -> str: # d: of a paired difference, what is claimed to be better minus the other; better: "higher" or "lower"; least: pairs
@@ -733,7 +733,7 @@ def benchmark(
     progress:bool=True, say=print,
 ) -> list: # all rows in the folder
     "Ask every method about every set, and make the tables"
-    judges = load_judges(str(generator.w_avg.device), generator.config.domain)
+    judges = load_judges(str(generator.w_avg.device), generator.config.domain, config.perceptual)
     jobs = list(dict.fromkeys([(s, m, "full") for s in sets for m in methods] + [(s, "latent", a) for s in sets for a in ablate]))
     jobs = list({(s, named(dict(method=m, space=resolve(m, config, a)[2].space)), a): (s, m, a) for s, m, a in reversed(jobs)}.values())[::-1] # `latent` and `latent:w+` are one
     for s, m, a in jobs: set_seeds(s, n); check_judges(judges, resolve(m, config, a)[2])
@@ -779,11 +779,7 @@ def _inside(folder, name:str) -> Path: # a file of that folder
 
 def read_depth(path) -> Tensor: # (1, 1, H, H)
     "Depth from a .npy file"
-    import numpy as np
-    try: x = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as e: raise InputError(f"expected depth in a .npy file, got {Path(path).name!r}: {e}") from e
-    if not isinstance(x, np.ndarray) or x.dtype.kind not in "fiu": raise InputError(f"{Path(path).name}: expected an array of numbers, got {getattr(x, 'dtype', 'an archive of arrays')}")
-    x = torch.from_numpy(x.astype("float32"))
+    x = torch.from_numpy(read_array(path).astype("float32"))
     if x.ndim != 2 or x.shape[0] != x.shape[1] or not x.isfinite().all(): raise InputError(f"{Path(path).name}: expected finite depth of shape (H, H), got {tuple(x.shape)}")
     return x[None, None]
 

@@ -85,22 +85,25 @@ class Stored:
         return [v if isinstance(v, str) and v else f"image-{i:08d}" for i, v in enumerate(told)]
 
 # %% ../nbs/17_scale.ipynb #170fc4df
-def files_under(top): # yields paths
-    "The files of a folder and of those in it, behind links too, each folder once"
-    seen = set()
-    for d, folders, files in os.walk(top, followlinks=True):
-        folders.sort()
-        if (place := os.path.realpath(d)) in seen: folders.clear(); continue
-        seen.add(place)
-        yield from (Path(d)/f for f in files)
+def files_under(top) -> tuple: # paths of files; real paths of the folders that they lie in
+    "The files of a folder and of those in it, behind links too; each folder once, by its own name where it has one"
+    files, places, starts = [], set(), deque([Path(top)])
+    while starts: # links come after what is no link
+        for d, folders, names in os.walk(starts.popleft()):
+            if (place := os.path.realpath(d)) in places: folders.clear(); continue
+            places.add(place); folders.sort()
+            starts += [Path(d)/f for f in folders if (Path(d)/f).is_symlink()]
+            files += [Path(d)/f for f in names]
+    return files, places
 
 def listing(source, out) -> Listing: # source: a folder, a .parquet file or a text file with one path a line; out: where results go
     "The images of an input"
     path = Path(source)
     if path.is_dir():
-        if Path(out).resolve().is_relative_to(path.resolve()): raise InputError(f"expected --out outside the input folder {str(path)!r}, got {str(out)!r}: its pictures would become input")
+        found, places = files_under(path)
+        if any(str(p) in places for p in (Path(out).resolve(), *Path(out).resolve().parents)): raise InputError(f"expected --out outside the input folder {str(path)!r}, got {str(out)!r}: its pictures would become input")
         suffixes = image_suffixes()
-        found = sorted(p for p in files_under(path) if p.suffix.lower() in suffixes and p.name[0] != ".")
+        found = sorted(p for p in found if p.suffix.lower() in suffixes and p.name[0] != ".")
         names, sources, more = [p.relative_to(path).as_posix() for p in found], [str(p.resolve()) for p in found], ""
     elif not path.is_file(): raise InputError(f"expected a folder, a .parquet file or a list of paths, got {str(path)!r}: no such file")
     elif path.suffix == ".parquet": sources = Stored(path.resolve()); names, more = sources.names(), str(path.stat().st_size)
@@ -436,7 +439,7 @@ def scale(
     out, start = Path(job.out).resolve(), time.time()
     images, job = listing(source, out), dataclasses.replace(job, out=str(out), sha256=job.sha256 or sha256(find_checkpoint(job.generator)))
     n, numbers = len(images), range(-(-len(images) // job.batch))
-    told = dict(format="posefree_kit scale 1", input=images.digest, images=n, generator=job.sha256, config=config_to_dict(job.config), method=job.method, batch=job.batch, compiled=job.compiled, **job.more)
+    told = dict(format="posefree_kit scale 1", input=images.digest, images=n, generator=job.sha256, config=config_to_dict(job.config), method=job.method, batch=job.batch, compiled=job.compiled, **(dict(encoder=sha256(job.encoder)) if job.encoder else {}), **job.more)
     with opened(out, told, resume):
         size = lambda k: min(job.batch, n - k * job.batch)
         if count_rows(out/"rows.parquet") != n:

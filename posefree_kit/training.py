@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from .camera import Pose, mirror
-from .core import DivergedError, Hollow, InputError, Part, batch_rand, check_range, check_shape, config_from_dict, config_to_dict, finish_steps, image_grid, image_suffixes, load_image, load_values, memory_advice, parse_json, read_torch, resize, resolve_device, rng, save_image, save_values, whole_file
+from .core import DivergedError, Hollow, InputError, Part, batch_rand, check_range, check_shape, config_from_dict, config_to_dict, finish_steps, image_grid, image_suffixes, load_image, load_values, memory_advice, parse_json, read_array, read_torch, resize, resolve_device, rng, save_image, save_values, whole_file
 from .discriminator import Discriminator, DiscriminatorConfig, grow_discriminator
 from .generator import GeneratorConfig, Planes, View
 from .latent_encoder import LatentEncoder, LatentEncoderConfig, fresh_encoder
@@ -61,9 +61,8 @@ class UnposedImages:
         if not files: raise InputError(f"expected a folder with images, got {str(path)!r}, which holds none")
         bytes_ = lambda x: ((resize(x, size) + 1) * 127.5).round().clamp(0, 255).byte()
         def stack(p): # of a .npy file
-            try: x = np.load(p)
-            except (OSError, ValueError, EOFError) as e: raise InputError(f"expected images of (N, 3, R, R) uint8 in {p.name!r}, got: {e}") from e
-            if not isinstance(x, np.ndarray) or x.dtype != np.uint8 or x.ndim != 4 or x.shape[1] != 3: raise InputError(f"expected images of (N, 3, R, R) uint8 in {p.name!r}, got {f'{x.shape} {x.dtype}' if isinstance(x, np.ndarray) else 'an archive of arrays'}")
+            x = read_array(p)
+            if x.dtype != np.uint8 or x.ndim != 4 or x.shape[1] != 3: raise InputError(f"expected images of (N, 3, R, R) uint8 in {p.name!r}, got {x.shape} {x.dtype}")
             return torch.cat([bytes_(c.float() / 127.5 - 1) for c in torch.from_numpy(x).split(500)])
         def single(p):
             x = load_image(p)

@@ -136,6 +136,10 @@ def test_resume_looks_at_the_picture_and_adds_what_was_left_out(home, tmp_path, 
     before = (tmp_path/"o"/"a"/"report.json").read_bytes()
     code, said, _ = invert(home, tmp_path/"a.png", out=tmp_path/"o", extra=("--resume", "--no-mesh"))
     assert code == 0 and "turntable.mp4 added" in said and (tmp_path/"o"/"a"/"turntable.mp4").stat().st_size > 500 and (tmp_path/"o"/"a"/"report.json").read_bytes() == before
+    assert invert(home, tmp_path/"a.png", out=tmp_path/"p", extra=(*LIGHT, "--method", "pti"))[0] == 0   # with a tuned copy of the generator
+    code, said, _ = invert(home, tmp_path/"a.png", out=tmp_path/"p", extra=("--resume", "--no-mesh", "--method", "pti"))
+    assert code == 0 and "turntable.mp4 added" in said
+    assert cli.latent_and_generator(tmp_path/"o"/"a"/"latent.safetensors", home/"small.safetensors", "cpu")[0].resolution == 16
     Image.open(home/"a.png").transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(tmp_path/"a.png") # another person under that name
     error(invert(home, tmp_path/"a.png", out=tmp_path/"o", extra=(*LIGHT, "--resume")), "those of another file of that name")
 

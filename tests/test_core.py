@@ -5,7 +5,8 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image
-from posefree_kit.core import InputError, check_shape, config_from_dict, config_hash, config_to_dict, image_grid, load_image, resize, resolve_device, rng, save_image, whole_file
+from posefree_kit.benchmark import report_paths
+from posefree_kit.core import InputError, check_shape, config_from_dict, config_hash, config_to_dict, ending, image_grid, load_image, resize, resolve_device, rng, save_image, whole_file
 
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=4))
@@ -134,3 +135,8 @@ def test_what_goes_wrong_says_so(tmp_path):
     save_tensors({}, tmp_path/"other.state", format="posefree_kit values 1", tree={"tensor": 5})
     with pytest.raises(InputError, match="expected values by name"): load_values(tmp_path/"other.state")
     with pytest.raises(InputError, match="expected a file of tensors, got noise"): read_torch(b"noise", "noise")
+
+def test_an_ending_is_appended_once():
+    names = lambda *paths: [ending(p, ".json").as_posix() for p in paths]
+    assert names("run", "run.json", "a/run-0.5", "run.safetensors") == ["run.json", "run.json", "a/run-0.5.json", "run.safetensors.json"]
+    assert [p.name for p in report_paths("cpu-2.8")] == ["cpu-2.8.json", "cpu-2.8.md"] == [p.name for p in report_paths("x/cpu-2.8.md")]

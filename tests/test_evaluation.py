@@ -16,7 +16,7 @@ from posefree_kit.camera import FOCAL, Pose
 from posefree_kit.checkpoints import save_checkpoint
 from posefree_kit.core import InputError, load_image, rng, save_image, save_json
 from posefree_kit.discriminator import Discriminator, DiscriminatorConfig
-from posefree_kit.evaluation import ABLATIONS, MEASURES, OFFSETS, SELF, SETS, Answer, Busy, Judges, RowFile, answer, attempt, benchmark, differences, evaluate, frechet_draws, image_metrics, in_sight, interval, label, means, named, \
+from posefree_kit.evaluation import ABLATIONS, MEASURES, OFFSETS, SELF, SETS, Answer, Busy, Judges, RowFile, answer, attempt, benchmark, differences, evaluate, frechet_draws, image_metrics, in_sight, interval, label, load_judges, means, named, \
     normal_error, one_of, own_truth, paired, portrait_truth, pose_errors, protocol, read_rows, read_views, report, resolve, score, score_views, set_seeds, shown, table, verdict, write_tables, write_views
 from posefree_kit.generator import GeneratorConfig
 from posefree_kit.optimiser import DivergedError, Inversion, quick
@@ -136,6 +136,8 @@ def test_a_difference_of_pose_fits_both_frames_on_the_images_that_both_have():
     few, many = pose_errors(turned("few", 6, 20.)), pose_errors(turned("many", 12, 20.)) # alike on the first six; the others turn the frame
     assert sum(r["pose_yaw_deg"] for r in many[:6]) / 6 > 5 and sum(r["pose_yaw_deg"] for r in few) / 6 < .01
     assert paired(few, many, "pose_yaw_deg") | dict(n=0) == pytest.approx(dict(mean=0, low=0, high=0, n=0), abs=1e-3) and paired(many, few, "pose_yaw_deg")["n"] == 6
+    apart = [r | dict(config=r["set"] if i < 2 else "d") for i, r in enumerate(few[:4])]           # two groups of two on one side, four rows on the other
+    assert paired(few[:4], apart, "pose_yaw_deg")["n"] == 0
     assert paired(few[:2], many, "pose_yaw_deg") == dict(mean=None, low=None, high=None, n=0), "no frame is fitted on less than three"
 
 # Sets
@@ -292,6 +294,11 @@ def test_a_method_has_one_name_however_its_space_was_asked_for():
     assert [named(dict(method=m, space=s)) for m, s in (("latent", "w+"), ("latent:w+", "w+"), ("latent", "w"), ("latent:w", "w"), ("encoder+latent", "w+"))] == ["latent", "latent", "latent:w", "latent:w", "encoder+latent"]
     assert named(dict(method="truth")) == "truth"
 
+def test_a_judge_that_the_loss_uses_is_left_out(monkeypatch):
+    from posefree_kit import features
+    monkeypatch.setattr(features, "load_perceptual", lambda name, **_: SimpleNamespace(name=name))   # LPIPS as if its weights were here
+    assert load_judges(domain="other").lpips.name == "lpips-alex" and load_judges(domain="other", used="lpips-alex").lpips is None and load_judges(domain="other", used="lpips-vgg").lpips
+
 def test_a_verdict_needs_pairs_and_an_interval_on_one_side():
     d = lambda low, high, n=8: dict(low=low, high=high, n=n)
     assert [verdict(x, "higher") for x in (d(.1, .2), d(-.1, .2), d(-.2, -.1), d(.1, .2, 3), d(None, None, 0))] == ["held", "undecided", "the opposite", "too few (3)", "not measured"]
@@ -369,8 +376,8 @@ def test_files_outside_the_folder_and_broken_json(tmp_path):
     save_json(dict(format="posefree_kit views 1", method="m", set="portraits-written", n=1, size=32, images=[entry]), tmp_path/"v"/"views.json")
     assert "inside the folder" in score_views(tmp_path/"v")[0]["error"]
     save_image(torch.zeros(1, 3, 32, 32), tmp_path/"v"/"x.png")
-    np.savez((tmp_path/"v"/"zip.npy").open("wb"), x=np.ones(2)); np.save(tmp_path/"v"/"text.npy", np.full((8, 8), "x")); np.save(tmp_path/"v"/"complex.npy", np.ones((8, 8), complex))
-    for change, said in ((dict(depth="zip.npy"), "an archive of arrays"), (dict(depth="text.npy"), "an array of numbers, got <U1"), (dict(depth="complex.npy"), "got complex128"), (dict(reconstruction="a\0b.png"), "the name of a file")):
+    np.savez((tmp_path/"v"/"zip.npy").open("wb"), x=np.ones(2)); (tmp_path/"v"/"cut.npy").write_bytes((tmp_path/"v"/"zip.npy").read_bytes()[:100]); np.save(tmp_path/"v"/"text.npy", np.full((8, 8), "x")); np.save(tmp_path/"v"/"complex.npy", np.ones((8, 8), complex))
+    for change, said in ((dict(depth="zip.npy"), "an archive of arrays"), (dict(depth="cut.npy"), "an array of numbers in 'cut.npy'"), (dict(depth="text.npy"), "got <U1"), (dict(depth="complex.npy"), "got complex128"), (dict(reconstruction="a\0b.png"), "the name of a file")):
         save_json(dict(format="posefree_kit views 1", method="m", set="portraits-written", n=1, size=32, images=[entry | dict(reconstruction="x.png") | change]), tmp_path/"v"/"views.json")
         assert said in score_views(tmp_path/"v")[0]["error"]
     (tmp_path/"v"/"views.json").write_text("{")

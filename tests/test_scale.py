@@ -159,6 +159,9 @@ def test_inputs(home, tmp_path):
     assert listing(tmp_path/"bom.txt", home).names == ["a/x.png"]
     (tmp_path/"linked").mkdir(); (tmp_path/"linked"/"a").symlink_to(folder); (tmp_path/"linked"/"b").symlink_to(tmp_path/"linked") # the second leads round in a circle
     assert listing(tmp_path/"linked", home).names == [f"a/{n}" for n in listing(folder, tmp_path).names]
+    with pytest.raises(InputError, match="outside the input folder"): listing(tmp_path/"linked", folder/"out") # behind the link
+    (tmp_path/"both"/"b").mkdir(parents=True); picture(0, 8).save(tmp_path/"both"/"b"/"x.png"); (tmp_path/"both"/"a").symlink_to(tmp_path/"both"/"b")
+    assert listing(tmp_path/"both", home).names == ["b/x.png"]                                   # its own name comes before a link's
 
 def test_results_of_others_are_left_alone(home, tmp_path):
     (tmp_path/"o"/"face").mkdir(parents=True); (tmp_path/"o"/"face"/"report.json").write_text("{}")
