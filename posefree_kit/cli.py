@@ -20,11 +20,14 @@ import typer
 app = typer.Typer(help="Pose-free 3D GAN inversion: one face image in, a 3D-consistent reconstruction out.", no_args_is_help=True, add_completion=False,
                   pretty_exceptions_enable=False, rich_markup_mode=None, context_settings=dict(help_option_names=["-h", "--help"]))
 
-def say(text:str, err:bool=False): # errors and notes: one line each, to stderr; a file's name cannot steer the terminal
+def say(text:str, err:bool=False): # err: errors and notes, one line each, to stderr
+    "Print; a file's name cannot steer the terminal"
     text = " ".join(str(text).split()) if err else str(text)
     typer.echo("".join(c if c.isprintable() or c == "\n" else "?" for c in text.encode(errors="replace").decode()), err=err)
 
-def out_of(kwargs:dict) -> str: return f"could not write {str(kwargs['out'])!r}" if kwargs.get("out") else "input or output"
+def out_of(kwargs:dict) -> str: # of a command
+    "What a failure of the file system is said to be of"
+    return f"could not write {str(kwargs['out'])!r}" if kwargs.get("out") else "input or output"
 
 def command(f): # a typed function; the same comes back
     "Add a typed function as a command; in a shell, bad input is one line and exit code 2. The function itself stays as it is"
@@ -421,7 +424,9 @@ def scale(
 # %% ../nbs/18_cli.ipynb #c0b00002
 SPLIT = "names with commas between"
 
-def names(text:str) -> list: return list(dict.fromkeys(x for x in (s.strip() for s in text.split(",")) if x)) # "a, b" -> [a, b]
+def names(text:str) -> list: # "a, b" -> [a, b]
+    "Names with commas between, each once"
+    return list(dict.fromkeys(x for x in (s.strip() for s in text.split(",")) if x))
 
 @command
 def evaluate(
@@ -694,7 +699,7 @@ def import_official(
 def benchmark(
     out:Annotated[Path, typer.Option(help="NAME: the reports become NAME.json and NAME.md.")],
     generator:Annotated[str, typer.Option(help="A shipped generator or a .safetensors file.")]="portraits",
-    presets:Annotated[str, typer.Option(help="Also time whole inversions, by presets: quick, paper (on a CPU core about half a minute, and over a minute).")]="",
+    presets:Annotated[str, typer.Option(help="Also time whole inversions, by presets: quick, paper (on a CPU core up to a minute, and two or more).")]="",
     rounds:Annotated[int, typer.Option(help="The median of so many counts.")]=5,
     size:Annotated[int, typer.Option(help="Of the training step: pixels a side, 16 or 32.")]=32,
     batch:Annotated[int, typer.Option(help="Of the training step: pictures.")]=8,
@@ -731,7 +736,12 @@ def doctor() -> Diagnosis:
     gpus = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
     found += [("device", f"cuda: {gpus}" if gpus else f"cpu, {torch.get_num_threads()} threads of {os.cpu_count()} cores", "ok"), _try("compiled march", _compiled, "missing")]
     d = Diagnosis(found + _assets() + _networks())
-    for what, how, state in d.lines: say(f"{state:8s} {what:31s} {how}")
+    for what, how, state in d.lines:
+        how, _, source = how.partition(" (from ") if state == "missing" else (how, "", "")
+        say(f"{state:8s} {what:31s} {how}")
+        if source: say(f"{'':40s} from {source.partition(')')[0]}")
+    if any("found none" in how for _, how, state in d.lines if state == "missing"):
+        say("\nNetworks that are missing are used only when asked for. To have one, put its file there (in Python: weights=FILE, or download=True).")
     return d
 
 def _compiled() -> str: # built here and now, which takes a few seconds the first time

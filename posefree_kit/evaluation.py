@@ -324,7 +324,9 @@ def own_truth(seeds:tuple, G:PoseFreeGenerator) -> Truth:
     view = G.render(planes, pose)
     return Truth(tuple(seeds), view.rgb.clamp(-1, 1), pose, view.depth, (view.weight > .5).float(), w, lambda deg: G.render(planes, turn(pose, math.radians(deg))).rgb, G.config.focal)
 
-def truth_of(name:str, seeds, G:PoseFreeGenerator) -> Truth: return own_truth(tuple(seeds), G) if name == SELF else portrait_truth(tuple(seeds), G.resolution) # name: a set's
+def truth_of(name:str, seeds, G:PoseFreeGenerator) -> Truth: # name: a set's
+    "What is known of the people of a set"
+    return own_truth(tuple(seeds), G) if name == SELF else portrait_truth(tuple(seeds), G.resolution)
 
 # %% ../nbs/15_evaluation.ipynb #c0a11009
 @dataclass(frozen=True)
@@ -608,7 +610,9 @@ def shown(v:tuple, signed:bool=False) -> str: # (mean, low, high)
     f = lambda x: f"{x:{'+' if signed else ''}.{digits}f}"
     return f(v[0]) + ("" if v[1] is None else f" [{f(v[1])}, {f(v[2])}]")
 
-def markdown_table(head:list, lines:list) -> str: return "\n".join(["|" + "|".join(map(str, line)) + "|" for line in [head, ["-"] * len(head), *lines]])
+def markdown_table(head:list, lines:list) -> str:
+    "A table of these cells, as text"
+    return "\n".join(["|" + "|".join(map(str, line)) + "|" for line in [head, ["-"] * len(head), *lines]])
 
 def table(rows:list, keys=INPUT_VIEW, sets=None) -> str: # Markdown
     "Means with intervals, one line a set and method; keys that nobody measured are left out"
@@ -654,7 +658,9 @@ def keep_strips(folder, who:str, names): # names: whose; -> a callback for `eval
     return keep
 
 # %% ../nbs/15_evaluation.ipynb #c0a11022
-def safe(text:str) -> str: return "".join(c if c.isalnum() or c in "+-_" else "-" for c in text) # a part of a file's name
+def safe(text:str) -> str: # a part of a file's name
+    "Letters, digits, + - and _; a dash for anything else"
+    return "".join(c if c.isalnum() or c in "+-_" else "-" for c in text)
 
 def stem(row:dict, whose:str="") -> str: # the name of a part of a run; whose: of its strips
     "Set, method, ablation, generator and configuration in a file's name"

@@ -252,7 +252,9 @@ def calibrate(net:PortraitEncoder, strangers:Tensor) -> PortraitEncoder: # stran
     return net
 
 # %% ../nbs/10_features.ipynb #7aff154c
-def assets(): return Path(str(importlib.resources.files("posefree_kit")))/"assets"/"encoders" # where the shipped encoders lie
+def assets() -> Path:
+    "Where the shipped encoders lie"
+    return Path(str(importlib.resources.files("posefree_kit")))/"assets"/"encoders"
 
 def save_encoder(net:PortraitEncoder, path, **card): # path: NAME.safetensors; the card goes to NAME.json
     "Write an encoder in half precision, and its model card"
@@ -401,7 +403,9 @@ BACKBONES = {f"lpips-{n}": Weights(f, TORCHVISION + f, "hub/checkpoints") for n,
     alex="alexnet-owt-7be5be79.pth", vgg="vgg16-397923af.pth", squeeze="squeezenet1_1-b8a52dc0.pth").items()}
 FACENET = Weights("20180402-114759-vggface2.pt", "https://github.com/timesler/facenet-pytorch/releases/download/v2.2.9/20180402-114759-vggface2.pt", "checkpoints")
 
-def torch_home(): return Path(os.environ.get("TORCH_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")/"torch").expanduser() # torch's cache
+def torch_home() -> Path:
+    "Torch's cache of weights"
+    return Path(os.environ.get("TORCH_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")/"torch").expanduser()
 
 def find_weights(name:str, published:Weights, weights=None, download:bool=False) -> Path: # weights: a file to use instead
     "The file of a borrowed network: the one given, the cached one, or (when told to) a downloaded one"

@@ -123,6 +123,7 @@ def add_scene_rows(g:Tensor, index:Tensor, weight:Tensor, rows:int, scenes:int) 
     return torch.cat([add_rows(g[i * m:(i + 1) * m], index[i * m:(i + 1) * m] - i * n, weight[i * m:(i + 1) * m], n) for i in range(scenes)])
 
 def bag_starts(m:int, index:Tensor) -> tuple: # for m bags of K readings: where each begins (m,), the bag of each reading (m K,)
+    "The ends of bags of readings, as `embedding_bag` wants them"
     bag = torch.arange(m, device=index.device, dtype=index.dtype)
     return bag * index.shape[1], bag.repeat_interleave(index.shape[1])
 
@@ -143,7 +144,8 @@ class WeightedRows(torch.autograd.Function):
         rows, index, weight = ctx.saved_tensors
         return add_rows(g, index, weight, len(rows)) if ctx.needs_input_grad[0] else None, None, row_dots(g, rows, index) if ctx.needs_input_grad[2] else None
 
-def scene_rows(table:Table, points:int, device): # the first row of each point's scene: a number or (B M,) int32
+def scene_rows(table:Table, points:int, device): # a number or (B M,) int32
+    "The first row of each point's scene in the table"
     b, h, w = table.shape
     return 0 if b == 1 else (torch.arange(b, device=device, dtype=torch.int32) * (h * w * len(table.axes))).repeat_interleave(points)
 

@@ -41,8 +41,13 @@ class Schedule:
         return float(points[-1][1])
     def __mul__(self, k:float): return Schedule(tuple((p, v * k) for p, v in self.points))
 
-def constant(value:float) -> Schedule: return Schedule(((0., value),))
-def ramp(*points) -> Schedule: return Schedule(tuple((float(p), float(v)) for p, v in points))
+def constant(value:float) -> Schedule:
+    "The same over the whole run"
+    return Schedule(((0., value),))
+
+def ramp(*points) -> Schedule: # (progress, value) each
+    "Straight lines from point to point, level before the first and after the last"
+    return Schedule(tuple((float(p), float(v)) for p, v in points))
 
 def warm_cosine(progress:float, warmup:float=.05) -> float: # progress in a stage -> factor of its peak rate
     "Linear warm-up, then a cosine down to 0"

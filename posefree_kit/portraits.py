@@ -366,7 +366,9 @@ def normals(x, y, z, p:Params, eps=1e-3): # (B, N) each -> (B, 3, N)
     return torch.nn.functional.normalize(g, dim=1)
 
 # %% ../nbs/02_portraits.ipynb #08b01b48
-def lerp(a, b, w): return a + (b - a) * w # any shapes
+def lerp(a, b, w): # any shapes
+    "From a (w = 0) to b (w = 1)"
+    return a + (b - a) * w
 
 def paint(x, y, z, n, p:Params): # (B, N) each; n (B, 3, N) is not used -> albedo (B, 3, N)
     "The colour of each surface point"

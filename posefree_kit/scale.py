@@ -162,6 +162,7 @@ def save_rows(rows:list, path:Path|str):
     with whole_file(path) as tmp: pq.write_table(pa.Table.from_pylist(rows, schema=row_schema()), tmp)
 
 def count_rows(path) -> int: # -1: not there, or damaged
+    "How many rows a Parquet file has"
     pa, pq = need("pyarrow"), need("pyarrow.parquet")
     try: return pq.read_metadata(path).num_rows
     except (OSError, pa.ArrowException): return -1
@@ -404,7 +405,9 @@ def opened(out:Path, told:dict, resume:bool):
         yield
     finally: os.close(folder)
 
-def part(out:Path, number:int) -> Path: return out/"parts"/f"{number:08d}.parquet" # the rows of a batch
+def part(out:Path, number:int) -> Path:
+    "The file with the rows of a batch"
+    return out/"parts"/f"{number:08d}.parquet"
 
 def join_parts(out:Path, numbers, at_once:int=256): # at_once: parts in memory
     "rows.parquet from the parts, which go then"

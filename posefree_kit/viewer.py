@@ -311,8 +311,13 @@ def surface_figure(
     fig.update_scenes(**SCENE); fig.update_annotations(font_size=12)
     return fig
 
-def depth_figure(view, pose:Pose, config, **kwargs): return surface_figure([seen_surface(view, pose, config, **kwargs)]) # the seen surface, coloured by depth
-def point_figure(view, pose:Pose, config, title="points that this view sees", jump=math.inf, **kwargs): return surface_figure([seen_surface(view, pose, config, title, jump, **kwargs)], dots=True) # in their own colours
+def depth_figure(view, pose:Pose, config, **kwargs): # as for `seen_surface`
+    "The surface that a view sees, coloured by depth"
+    return surface_figure([seen_surface(view, pose, config, **kwargs)])
+
+def point_figure(view, pose:Pose, config, title="points that this view sees", jump=math.inf, **kwargs): # as for `seen_surface`
+    "The points that a view sees, in their own colours"
+    return surface_figure([seen_surface(view, pose, config, title, jump, **kwargs)], dots=True)
 
 # %% ../nbs/16_viewer.ipynb #16d00002
 def surface_still(
@@ -366,7 +371,8 @@ def loss_curves(trace:list, skip:tuple=NO_LOSS) -> dict: # name -> ([entry], [we
     return curves
 
 def _loss_axes(ax, trace, skip=NO_LOSS):
-    for k, (x, y) in loss_curves(trace, skip).items(): ax.plot(x, y, "-" if k in HUES else "--", lw=1.8 if k == "total" else 1, label=k, color=HUES.get(k)) # a loss of your own is dashed
+    others = itertools.cycle(("#882255", "#999933", "#332288", "#AA4499")) # hues that none of ours has
+    for k, (x, y) in loss_curves(trace, skip).items(): ax.plot(x, y, "-" if k in HUES else "--", lw=1.8 if k == "total" else 1, label=k, color=HUES.get(k) or next(others)) # a loss of your own is dashed
     for i in range(1, len(trace)):
         if trace[i].get("stage") != trace[i - 1].get("stage"): ax.axvline(i, color="grey", lw=.8, ls=":")
     ax.set(xlabel="step", yscale="log", title="weight × loss" if any("weights" in t for t in trace) else "losses, before weighting")
@@ -966,7 +972,7 @@ def scrubber(
     codes = [(states[s].w[:, None] + states[s].deltas(generator), generator.pose(states[s].w)) for s in steps]
     last = generator.view(*codes[-1])
     ends = depth_range(last.depth, last.weight)
-    told = lambda s: f"step {s}" + (f", total {float(states[s].trace[-1]['total'].mean()):.3f}" if states[s].trace else ", the start") + f", depth from {ends[0]:.2f} (bright) to {ends[1]:.2f} lengths"
+    told = lambda s: f"step {s}" + (f", total {float(states[s].trace[-1]['total'].mean()):.3f}" if states[s].trace else ", the start") + f": as found, from the side, depth from {ends[0]:.2f} (bright) to {ends[1]:.2f} lengths"
     with torch.no_grad(): return Flipbook([[triptych(generator, *c, *ends)] for c in codes], [[told(s)] for s in steps], ("step",))
 
 # %% ../nbs/16_viewer.ipynb #16c00006
@@ -986,7 +992,7 @@ def weights_grid(
     middle = runs[len(runs) // 2][len(runs[0]) // 2].view
     ends = depth_range(middle.depth, middle.weight)
     psnr = lambda r: -10 * math.log10(max(float(((r.view.rgb.clamp(-1, 1) - s.target) / 2).square().mean()), 1e-12))
-    told = lambda h, r: ", ".join(f"{KNOBS[k].name} {v:g}" for k, v in h.items()) + f": PSNR {psnr(r):.1f} dB, spread of depth {float(depth_std(r.view.depth, r.view.weight)):.3f} lengths"
+    told = lambda h, r: ", ".join(f"{KNOBS[k].name} {v:g}" for k, v in h.items()) + f" (as found, from the side, depth): PSNR {psnr(r):.1f} dB, spread of depth {float(depth_std(r.view.depth, r.view.weight)):.3f} lengths"
     return Flipbook([[triptych(generator, r.ws, r.pose, *ends) for r in row] for row in runs], [[told(h, r) for h, r in zip(*pair)] for pair in zip(held, runs)], (KNOBS[first[0]].name, KNOBS[second[0]].name))
 
 # %% ../nbs/16_viewer.ipynb #16d00006
@@ -998,14 +1004,18 @@ def pose_view(
     "Turn the head with two sliders: picture and depth, rendered anew"
     import ipywidgets as W
     with torch.no_grad(): planes = generator.planes(ws)
+    def seen(yaw, pitch):
+        with torch.no_grad(): return generator.render(planes, Pose.deg(yaw, pitch, ws.device), size=size if generator.config.superresolution == "none" else None)
+    front = seen(0, 0)
+    ends = depth_range(front.depth, front.weight) # one scale of depth for all poses: what turns keeps its colour
     def two(yaw, pitch): # (1, 3, size, 2 size)
-        with torch.no_grad(): view = generator.render(planes, Pose.deg(yaw, pitch, ws.device), size=size if generator.config.superresolution == "none" else None)
-        return torch.cat([view.rgb.cpu().clamp(-1, 1), F.interpolate(depth_image(view.depth, view.weight), view.rgb.shape[-2:])], -1)
+        view = seen(yaw, pitch)
+        return torch.cat([view.rgb.cpu().clamp(-1, 1), F.interpolate(depth_image(view.depth, view.weight, *ends), view.rgb.shape[-2:])], -1)
     slider = lambda name, top: W.IntSlider(0, -top, top, description=name, continuous_update=True)
     yaw, pitch, shown = slider("yaw, °", 60), slider("pitch, °", 30), W.Image(format="jpeg", value=_jpeg(two(0, 0), 480))
     def again(_): shown.value = _jpeg(two(yaw.value, pitch.value), 480)
     for s in (yaw, pitch): s.observe(again, "value")
-    book = Flipbook([[two(y, p) for y in yaws_deg] for p in pitches_deg], [[f"yaw {y:+d}°, pitch {p:+d}°" for y in yaws_deg] for p in pitches_deg], ("pitch", "yaw"), width=220)
+    book = Flipbook([[two(y, p) for y in yaws_deg] for p in pitches_deg], [[f"yaw {y:+d}°, pitch {p:+d}°, depth from {ends[0]:.2f} (bright) to {ends[1]:.2f} lengths" for y in yaws_deg] for p in pitches_deg], ("pitch", "yaw"), width=220)
     return Live(W.VBox([yaw, pitch, shown]), lambda: book)
 
 # %% ../nbs/16_viewer.ipynb #16d00009
