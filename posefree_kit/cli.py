@@ -242,7 +242,7 @@ class Outcome:
 def invert(
     images:Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Image files: square portraits, or any photographs with --align. A name that begins with a dash goes after --.", show_default=False)],
     out:Annotated[Path, typer.Option(help="Folder for the results: one folder in it for each image, named after the file.")],
-    preset:Annotated[str, typer.Option(help="quick (350 steps; with the shipped generator and --compiled under a minute an image) or paper (the paper's two stages; 1,000 steps, a number of ours).")]="quick",
+    preset:Annotated[str, typer.Option(help="quick (350 steps; with the shipped generator and --compiled about a minute an image) or paper (the paper's two stages; 1,000 steps, a number of ours).")]="quick",
     space:Annotated[str, typer.Option(help="w: one code for all layers, the strict reading of the paper; w+: a delta for each layer as well (ours).")]="w+",
     method:Annotated[str, typer.Option(help="latent (ours), or another family on the same generator: pose_opt, pti, spi, encoder, encoder+latent (chapter 14).")]="latent",
     generator:Annotated[str, typer.Option(help="A shipped generator or a .safetensors file.")]="portraits",
@@ -699,7 +699,7 @@ def import_official(
 def benchmark(
     out:Annotated[Path, typer.Option(help="NAME: the reports become NAME.json and NAME.md.")],
     generator:Annotated[str, typer.Option(help="A shipped generator or a .safetensors file.")]="portraits",
-    presets:Annotated[str, typer.Option(help="Also time whole inversions, by presets: quick, paper (on a CPU core up to a minute, and two or more).")]="",
+    presets:Annotated[str, typer.Option(help="Also time whole inversions, by presets: quick, paper (on a CPU core about a minute, and over two).")]="",
     rounds:Annotated[int, typer.Option(help="The median of so many counts.")]=5,
     size:Annotated[int, typer.Option(help="Of the training step: pixels a side, 16 or 32.")]=32,
     batch:Annotated[int, typer.Option(help="Of the training step: pictures.")]=8,
@@ -741,7 +741,7 @@ def doctor() -> Diagnosis:
         say(f"{state:8s} {what:31s} {how}")
         if source: say(f"{'':40s} from {source.partition(')')[0]}")
     if any("found none" in how for _, how, state in d.lines if state == "missing"):
-        say("\nNetworks that are missing are used only when asked for. To have one, put its file there (in Python: weights=FILE, or download=True).")
+        say("\nNetworks that are missing are used only when asked for. To have one, put its file where it was expected, or say weights=FILE or download=True in Python.")
     return d
 
 def _compiled() -> str: # built here and now, which takes a few seconds the first time

@@ -724,7 +724,7 @@ def report(rows:list, protocols=()) -> str: # Markdown
     many = len({r["set"] for r in rows if r["set"] in SETS}) > 1
     judge = lambda p: "; ".join(f"`{k}`: {p['measures'][k]['network'] or 'not measured'}" for k in ("id", "pdist", "lpips"))
     return "\n".join(["# Evaluation\n", "Means over n images with 95 % bootstrap intervals; n and failures are told in each line, and what each figure means in `runs.json`.\n", *(f"Compared at {p['resolution']} pixels. {judge(p)}.\n" for p in protocols),
-        part("The input view", table(rows, INPUT_VIEW)), part("Against the truth", table(rows, AGAINST_TRUTH)), *([part("All portrait sets together", table(pooled, INPUT_VIEW) + "\n\n" + table(pooled, AGAINST_TRUTH))] if many else []),
+        part("The input view", table(rows, INPUT_VIEW)), part("Against the truth", table(rows, AGAINST_TRUTH)), *([part("All portrait sets together", "Each line is of the people that it has: n of them, of one portrait set or of several. Lines of different n are of different people.\n\n" + table(pooled, INPUT_VIEW) + "\n\n" + table(pooled, AGAINST_TRUTH))] if many else []),
         part("Differences, image by image", differences(rows + (pooled if many else []))), part(f"Failures: {len(failed)}", "\n".join(f"- {r['set']} {r['image']}, {label(r)}: {r['error']}" for r in failed) or "none")])
 
 # %% ../nbs/15_evaluation.ipynb #c0a11024

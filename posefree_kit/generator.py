@@ -123,7 +123,7 @@ def add_scene_rows(g:Tensor, index:Tensor, weight:Tensor, rows:int, scenes:int) 
     return torch.cat([add_rows(g[i * m:(i + 1) * m], index[i * m:(i + 1) * m] - i * n, weight[i * m:(i + 1) * m], n) for i in range(scenes)])
 
 def bag_starts(m:int, index:Tensor) -> tuple: # for m bags of K readings: where each begins (m,), the bag of each reading (m K,)
-    "The ends of bags of readings, as `embedding_bag` wants them"
+    "Where each bag of readings begins, as `embedding_bag` wants it, and to which bag each reading belongs"
     bag = torch.arange(m, device=index.device, dtype=index.dtype)
     return bag * index.shape[1], bag.repeat_interleave(index.shape[1])
 

@@ -49,7 +49,7 @@ def warm(tmp_path_factory):
 
 @contextlib.contextmanager
 def harmless(megabytes=300., seconds=60.):
-    "Neither runs anything, nor takes much memory or time: of the processor, and twenty times what a slow one needs, since what a file that swells asks for is hours"
+    "Neither runs anything, nor takes much memory or time: of the processor, and ten times what a slow one needed, since what swells without bound asks for hours"
     Path("/proc/self/clear_refs").write_text("5")
     before, start, seen = now_mb(), time.process_time(), []
     watched.append(seen)
