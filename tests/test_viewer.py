@@ -330,7 +330,7 @@ def test_a_flip_book_is_one_sheet_and_its_texts():
     assert sheet.getpixel((8, 8))[0] < 30 and sheet.getpixel((24, 24))[0] > 225 and sheet.getpixel((24, 40))[0] < 30
     with pytest.raises(InputError, match="full rows"): Flipbook([[colours[0][0]], []], [["a"], []], ("one",))
 
-def test_scrubber_and_grid_and_pose_view(small, face, session):
+def test_scrubber_and_grid_and_pose_view(small, face, session, monkeypatch):
     session.advance(8)
     book = scrubber(session.snapshots, small)
     assert [t[0].split(",")[0] for t in book.texts] == ["step 0", "step 4", "step 8"] and book.pictures[0][0].shape == (1, 3, 16, 48)
@@ -338,8 +338,11 @@ def test_scrubber_and_grid_and_pose_view(small, face, session):
     grid = weights_grid(face, small, with_steps(SHORT, 4), ("geo", (0., 5.)), ("id", (0., .5, 1.)), Plain(), Plain())
     assert len(grid.pictures) == 2 and len(grid.pictures[0]) == 3 and grid.texts[1][1].startswith("geo 5, id 0.5 (as found, from the side, depth): PSNR")
     assert not torch.equal(grid.pictures[0][0], grid.pictures[1][2])
+    ends, draw = set(), viewer.depth_image
+    monkeypatch.setattr(viewer, "depth_image", lambda d, w, near=None, far=None: (ends.add((near, far)), draw(d, w, near, far))[1])
     live = pose_view(small, session.result().ws, 16, (-20, 20), (0,))
     bundle = live._repr_mimebundle_()
+    assert len(ends) == 1 and None not in ends.pop()                                            # one scale of depth for all poses
     before = live.box.children[2].value; live.box.children[0].value = 40
     assert live.box.children[2].value != before and "text/html" in bundle and bundle["text/html"].count("range") == 2
     with pytest.raises(InputError, match="at least one state"): scrubber({}, small)
