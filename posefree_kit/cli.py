@@ -540,7 +540,7 @@ def train(
     encoder = own_encoder(trained, start) if trained and encode else None
     state = None if resume else go_on_with(widen(trained, wide, trained.config.look_dim, seed) if wide else trained, config, encoder) if start else grown(grow_from, size, config, where, given) if grow_from else None
     if lost := [k for k in given if state and getattr(state.config, k) != getattr(config, k)]: raise InputError(f"--set {lost[0]}: expected a run that begins from nothing or grows, got --start, after which nothing is blurred, faded in or made easy")
-    if state and encode and not encoder and share.main: say(f"note: {'no encoder was saved with ' + start if start else 'an encoder does not grow'}: one that has learnt nothing yet begins", err=True)
+    if start and encode and not encoder and share.main: say(f"note: no encoder was saved with {start}: one that has learnt nothing yet begins", err=True)
     size = state.G.resolution if state else old.G.resolution if old else size
     g, d = (None, None) if resume or state else architecture(size, pose_conditioned)
     progress = progress and share.main
@@ -606,12 +606,13 @@ def grown(run, size:int, config, device, given:dict): # given: settings that sta
     "A run of half the size, ready to go on at twice the size"
     import dataclasses
     from posefree_kit.core import InputError
-    from posefree_kit.training import STATE, grow, load_state
+    from posefree_kit.training import STATE, Processes, grow, load_state
     path = Path(run)/STATE if Path(run).is_dir() else Path(run)
     if not path.is_file(): raise InputError(f"expected the folder of a run, got {str(run)!r} without {STATE}")
     small = load_state(path, device)
     if size not in (32, 2 * small.G.resolution): raise InputError(f"expected --size {2 * small.G.resolution}, twice the size of the run, or none; got {size}")
     if 2 * small.G.resolution > 256: raise InputError(f"expected a run of at most 128 pixels to grow, got {small.G.resolution}")
+    if config.encode_share and small.E is None and Processes.launched(device).main: say(f"note: no encoder learnt along in the run in {str(run)!r}: one that has learnt nothing yet begins", err=True)
     g, d = architecture(2 * small.G.resolution)
     gamma = .05 * (small.G.resolution / 16) ** 2
     usual = dict(fade_kimg=4., blur_kimg=0., condition_kimg=(0., 0.), r1_gamma=gamma, g_rate=.002, d_rate=.0014)

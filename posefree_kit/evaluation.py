@@ -672,7 +672,7 @@ def figure(rows:list, folder, path): # rows: of one set and generator; folder: o
     names = sorted({p.name.split(".")[0] for p in Path(folder).glob("*.truth.png")})
     lines = [("truth", "truth")] + [(label(g[0]) + f"\n{g[0]['preset']}, {g[0]['steps']}", stem(g[0], "strip")) for g in groups(rows).values()]
     lines = [(text, who) for text, who in lines if any((Path(folder)/f"{n}.{who}.png").exists() for n in names)]
-    fig = Figure((.6 + 3.2 * len(names), .55 + .85 * len(lines)), layout="constrained", dpi=90); fig.suptitle("{set}, generator {generator}".format(**rows[0]), fontsize=9)
+    fig = Figure((.6 + 3.2 * len(names), .55 + .85 * len(lines)), layout="constrained", dpi=90); fig.suptitle("people of the set {set}, by the generator {generator}".format(**rows[0]), fontsize=9)
     axes = fig.subplots(len(lines), len(names), squeeze=False)
     for j, name in enumerate(names):
         for i, (text, who) in enumerate(lines):

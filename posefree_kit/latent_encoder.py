@@ -6,7 +6,7 @@
 __all__ = ['LatentEncoderConfig', 'LatentEncoder', 'fresh_encoder']
 
 # %% ../nbs/07a_latent_encoder.ipynb #le000001
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
@@ -48,13 +48,19 @@ class LatentEncoder(nn.Module):
         deltas = self.deltas(x).view(-1, c.num_ws, c.look_dim) * (.1 * self.std[:c.look_dim])
         return self.mean + self.std * self.w(x), F.pad(deltas, (0, c.w_dim - c.look_dim))
 
-def fresh_encoder(G:PoseFreeGenerator, seed:int=0, start:LatentEncoder|None=None) -> LatentEncoder:
-    "An encoder for a generator: untrained, or with the weights of one that was trained for another of the same shape"
+def fresh_encoder(
+    G:PoseFreeGenerator,
+    seed:int=0,
+    start:LatentEncoder|None=None, # the weights to begin with
+    same_w:bool=False, # `start` speaks of the codes that G draws: its units stay, as they do if its card names this very generator
+) -> LatentEncoder:
+    "An encoder for a generator: untrained, or with the weights of one that was trained for another of the same shape, or of fewer layers (the deltas of the others begin at 0)"
     c = LatentEncoderConfig(w_dim=G.config.w_dim, look_dim=G.config.look_dim, num_ws=G.num_ws)
-    if start is not None and start.config != c: raise InputError(f"start: expected an encoder of the shape {c}, got {start.config}")
+    if start is not None and (replace(start.config, num_ws=c.num_ws) != c or start.config.num_ws > c.num_ws): raise InputError(f"start: expected an encoder of the shape {c}, got {start.config}")
     with torch.random.fork_rng([]): torch.manual_seed(seed); net = LatentEncoder(c)
-    if start is not None: net.load_state_dict(start.state_dict())
-    own = start is not None and G.sha256 and getattr(start, "card", {}).get("generator", {}).get("sha256") == G.sha256
-    with torch.no_grad(): w = G.mapping(G.draw(4096, seed))
-    if not own: net.mean.copy_(w.mean(0)); net.std.copy_(w.std(0))                 # one that speaks of this very generator keeps its units
+    with torch.no_grad():
+        for name, x in start.state_dict().items() if start is not None else (): net.state_dict()[name][:len(x)] = x
+        w = G.mapping(G.draw(4096, seed))
+    own = start is not None and (same_w or G.sha256 and getattr(start, "card", {}).get("generator", {}).get("sha256") == G.sha256)
+    if not own: net.mean.copy_(w.mean(0)); net.std.copy_(w.std(0))
     return net.to(w.device)

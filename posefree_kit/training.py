@@ -640,7 +640,7 @@ def _log(out, s) -> list: # the lines of a log up to a state
 
 # %% ../nbs/08_training.ipynb #ab01c4ab
 def grow(small:TrainState, g_channels:int, d_channels:int, config:TrainConfig) -> TrainState:
-    "Twice the resolution, everything learned kept; channels are those of the new blocks"
+    "Twice the resolution, everything learned kept, an encoder too where the new run has one in the loop; channels are those of the new blocks. The generator's new block learns as fast as the one before it (ours)"
     c = small.ema.config
     if small.D.old_rgb is not None and small.kimg < small.config.fade_kimg: raise InputError(f"grow: expected a run whose last new layer is fully in, got one at {small.kimg:.1f} of {small.config.fade_kimg:g} kimg: train it further")
     big_config = dataclasses.replace(c, channels=tuple(c.channels) + (g_channels,), render_resolution=2 * c.render_resolution)
@@ -650,8 +650,13 @@ def grow(small:TrainState, g_channels:int, d_channels:int, config:TrainConfig) -
     missing = G.load_state_dict(small.ema.state_dict(), strict=False)
     new = f"synthesis.blocks.{len(c.channels)}."
     if missing.unexpected_keys or not all(k.startswith(new) for k in missing.missing_keys): raise InputError(f"grow: weights do not fit: {missing}")
-    with torch.no_grad(): G.get_parameter(f"{new}to_image.weight").mul_(.02)
-    return make_state(G, D, config)
+    with torch.no_grad():
+        blocks:Any = G.synthesis.blocks
+        old, young = blocks[-2].to_image, blocks[-1].to_image
+        k = torch.div(*(x.style(G.w_avg[None, :x.style.weight.shape[1]]).square().mean().sqrt() for x in (old, young)))
+        young.weight.mul_(.02 / k); young.style.weight.mul_(k); young.style.bias.mul_(k) # the new block has as little to say for any k; a step of Adam moves it in proportion to k
+    E = fresh_encoder(G, config.seed, small.e_ema, same_w=True) if config.encode_share and small.e_ema is not None else None
+    return make_state(G, D, config, E)
 
 # %% ../nbs/08_training.ipynb #ab01c401
 def go_on_with(

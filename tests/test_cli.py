@@ -366,6 +366,9 @@ def test_train_with_any_setting(tmp_path):
     assert code == 0, err
     said = json.loads((tmp_path/"g"/"generator.json").read_text())["training"]
     assert said["g_rate"] == .001 and said["fade_kimg"] == 4 and said["d_rate"] == .0014   # what was not asked is the usual one of grown runs
+    for out, run, size, note in (("e", "r", 32, True), ("e2", "e", 64, False)):     # an encoder grows along, where there is one
+        code, _, err = train(tmp_path/out, "--kimg", .008, "--size", size, "--grow-from", tmp_path/run, "--encode", .5, "--set", "fade_kimg=.001")
+        assert code == 0 and any("no encoder learnt along" in line for line in err) == note and (tmp_path/out/"latent_encoder.safetensors").exists(), err
     for text, *words in (("loss", "NAME=VALUE"), ("=1", "NAME=VALUE"), ("batch=4", "--batch"), ("rate=1", "unknown settings ['rate']"), ("g_rate=fast", "TrainConfig.g_rate", "'fast'"), ("loss=hinge", "nonsaturating or relativistic"), ("d_rate=-1", "TrainConfig.d_rate: expected 0 to 1"), ("encode_rate=-1", "encode_rate"), ("blur_px=1e12", "blur_px"), ("pose_weight=-5", "pose_weight"), ("condition_kimg=[]", "condition_kimg: expected two numbers"), ('condition_kimg=["a", 2]', "condition_kimg"), ("easy_kimg=[3, 2]", "easy_kimg: expected two numbers")): error(train(tmp_path/"s", "--kimg", 1, "--set", text), *words)
     error(train(tmp_path/"s", "--kimg", 1, "--set", "loss=relativistic", "--set", "loss=nonsaturating"), "one value, got several")
     error(train(tmp_path/"s", "--kimg", 1, "--start", tmp_path/"r"/"generator.safetensors", "--set", "blur_kimg=3"), "--set blur_kimg", "--start")

@@ -205,16 +205,6 @@ class Recorded:
             if time.time() - told > 10: told = time.time(); log(kimg=self.seen / 1000, img_per_s=round(self.seen / (told - start), 1), **{k: round(v, 4) for k, v in zip(names, losses.tolist())})
         torch.cuda.synchronize()
 
-def encoder_for(G, old):
-    "An encoder with the weights of another generator's; layers that are new say nothing yet"
-    E = fresh_encoder(G)
-    state, a, k = E.state_dict(), old.state_dict(), old.config.num_ws * old.config.look_dim
-    for name, x in state.items():
-        if x.shape == a[name].shape: state[name] = a[name].clone()
-        else: state[name] = torch.zeros_like(x); state[name][:k] = a[name]
-    E.load_state_dict(state)
-    return E.requires_grad_(True)
-
 def pictures(n:int, size:int, first:int, device, many:int): # (n, 3, size, size) uint8
     return torch.cat([((portrait_batch(torch.arange(i, min(i + many, first + n)), size, device=device).image + 1) * 127.5).round().clamp(0, 255).byte() for i in range(first, first + n, many)])
 
@@ -242,13 +232,13 @@ def main():
     config = TrainConfig(batch=64, g_rate=.002, d_rate=.0014, loss="relativistic", r1_gamma=.12, r2_gamma=.12, encode_share=.25, encode_weight=40., match_weight=1., slant=.7, symmetry_weight=.5, symmetry_scale=.02, seed=args.seed)
     G = load_generator(args.start, "cuda")
     s = go_on_with(G, dataclasses.replace(config, encode_share=0.))
-    run = Recorded(s.G, s.D, encoder_for(G, load_latent_encoder(G)), config, pictures(args.portraits, 64, 30_000, "cuda", 4096))
+    run = Recorded(s.G, s.D, fresh_encoder(G, start=load_latent_encoder(G)), config, pictures(args.portraits, 64, 30_000, "cuda", 4096))
     run.record(); run.run(args.minutes, log); finish(run, args.out, "portraits", log)
     if not args.minutes_128: return
     (ema, _, _), (d_ema, _, _), (e_ema, _, _) = run.averages
     config = dataclasses.replace(config, batch=32, r1_gamma=.5, r2_gamma=.5)
-    big = grow(make_state(ema, d_ema, config, e_ema), 24, 12, dataclasses.replace(config, encode_share=0.))
-    run = Recorded(big.G.requires_grad_(True), big.D.requires_grad_(True), encoder_for(big.G, e_ema), config, pictures(args.portraits // 4, 128, 30_000, "cuda", 1024), ema_kimg=8.)
+    big = grow(make_state(ema, d_ema, config, e_ema), 24, 12, config)
+    run = Recorded(big.G.requires_grad_(True), big.D.requires_grad_(True), big.E, config, pictures(args.portraits // 4, 128, 30_000, "cuda", 1024), ema_kimg=8.)
     run.record(); run.run(args.minutes_128, log, fade_kimg=4., flat=.5); finish(run, args.out, "portraits-128", log)
 
 if __name__ == "__main__": main()
