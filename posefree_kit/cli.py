@@ -490,7 +490,7 @@ def train(
     easy_images:Annotated[Optional[Path], typer.Option("--easy", help="With --images: begin with the images of this folder, easy ones of the same kind, replaced bit by bit by the others.", show_default=False)]=None,
     mirror:Annotated[bool, typer.Option(help="Show each image flipped left-right too; not: for pictures with letters or one-sided things.")]=True,
     size:Annotated[int, typer.Option(help="Pixels a side: 16, 32, 64, 128 or 256. With --grow-from, twice the old size.")]=32,
-    grow_from:Annotated[Optional[Path], typer.Option(help="A finished run of half the size to start from.", show_default=False)]=None,
+    grow_from:Annotated[Optional[Path], typer.Option(help="A finished run of half the size to start from; with --encode, its encoder grows along.", show_default=False)]=None,
     start:Annotated[Optional[str], typer.Option(help="Begin with a trained generator: a shipped name, or a .safetensors file with its discriminator.", show_default=False)]=None,
     wider:Annotated[Optional[str], typer.Option("--widen", help="With --start: so many channels in the generator's blocks, 4 x 4 first, as in 256,256,192,96,32; it begins with the same pictures.", show_default=False)]=None,
     pose_conditioned:Annotated[bool, typer.Option("--pose-conditioned/--no-pose-conditioned", help="The discriminator scores an image together with the pose that is read off it; not: the image alone (the paper's ablation). For runs that begin from nothing.")]=True,
@@ -612,11 +612,13 @@ def grown(run, size:int, config, device, given:dict): # given: settings that sta
     small = load_state(path, device)
     if size not in (32, 2 * small.G.resolution): raise InputError(f"expected --size {2 * small.G.resolution}, twice the size of the run, or none; got {size}")
     if 2 * small.G.resolution > 256: raise InputError(f"expected a run of at most 128 pixels to grow, got {small.G.resolution}")
-    if config.encode_share and small.E is None and Processes.launched(device).main: say(f"note: no encoder learnt along in the run in {str(run)!r}: one that has learnt nothing yet begins", err=True)
     g, d = architecture(2 * small.G.resolution)
     gamma = .05 * (small.G.resolution / 16) ** 2
     usual = dict(fade_kimg=4., blur_kimg=0., condition_kimg=(0., 0.), r1_gamma=gamma, g_rate=.002, d_rate=.0014)
-    return grow(small, g.channels[-1], d.channels[0], dataclasses.replace(config, **{k: v for k, v in usual.items() if k not in given}))
+    big = grow(small, g.channels[-1], d.channels[0], dataclasses.replace(config, **{k: v for k, v in usual.items() if k not in given}))
+    if (small.E is None) == bool(config.encode_share) and Processes.launched(device).main:
+        say(f"note: {f'no encoder learnt along in the run in {str(run)!r}: one that has learnt nothing yet begins' if small.E is None else f'the encoder of the run in {str(run)!r} stays behind: --encode SHARE takes it along'}", err=True)
+    return big
 
 def _content(pictures) -> str: # of UnposedImages
     "Which pictures they are: the first digits of their SHA-256"

@@ -52,14 +52,16 @@ def fresh_encoder(
     G:PoseFreeGenerator,
     seed:int=0,
     start:LatentEncoder|None=None, # the weights to begin with
-    same_w:bool=False, # `start` speaks of the codes that G draws: its units stay, as they do if its card names this very generator
+    same_w:bool=False, # `start` speaks of the codes that G draws: its units stay, as they do if its card names this very generator, and G may have layers that it does not know: they begin with the deltas of its last
 ) -> LatentEncoder:
-    "An encoder for a generator: untrained, or with the weights of one that was trained for another of the same shape, or of fewer layers (the deltas of the others begin at 0)"
+    "An encoder for a generator: untrained, or with the weights of one that was trained for another of the same shape"
     c = LatentEncoderConfig(w_dim=G.config.w_dim, look_dim=G.config.look_dim, num_ws=G.num_ws)
-    if start is not None and (replace(start.config, num_ws=c.num_ws) != c or start.config.num_ws > c.num_ws): raise InputError(f"start: expected an encoder of the shape {c}, got {start.config}")
+    new = c.num_ws - start.config.num_ws if start is not None and same_w else 0
+    if start is not None and (new < 0 or replace(start.config, num_ws=start.config.num_ws + new) != c): raise InputError(f"start: expected an encoder of the shape {c}, got {start.config}")
     with torch.random.fork_rng([]): torch.manual_seed(seed); net = LatentEncoder(c)
     with torch.no_grad():
-        for name, x in start.state_dict().items() if start is not None else (): net.state_dict()[name][:len(x)] = x
+        for name, x in start.state_dict().items() if start is not None else ():
+            net.state_dict()[name].copy_(torch.cat([x, *[x[-c.look_dim:]] * new]) if name.startswith("deltas.") else x)
         w = G.mapping(G.draw(4096, seed))
     own = start is not None and (same_w or G.sha256 and getattr(start, "card", {}).get("generator", {}).get("sha256") == G.sha256)
     if not own: net.mean.copy_(w.mean(0)); net.std.copy_(w.std(0))

@@ -640,7 +640,7 @@ def _log(out, s) -> list: # the lines of a log up to a state
 
 # %% ../nbs/08_training.ipynb #ab01c4ab
 def grow(small:TrainState, g_channels:int, d_channels:int, config:TrainConfig) -> TrainState:
-    "Twice the resolution, everything learned kept, an encoder too where the new run has one in the loop; channels are those of the new blocks. The generator's new block learns as fast as the one before it (ours)"
+    "Twice the resolution, everything learned kept, an encoder too where the new run has one in the loop; channels are those of the new blocks. The styles of the generator's new block begin as large as those of the block before (ours)"
     c = small.ema.config
     if small.D.old_rgb is not None and small.kimg < small.config.fade_kimg: raise InputError(f"grow: expected a run whose last new layer is fully in, got one at {small.kimg:.1f} of {small.config.fade_kimg:g} kimg: train it further")
     big_config = dataclasses.replace(c, channels=tuple(c.channels) + (g_channels,), render_resolution=2 * c.render_resolution)

@@ -18,6 +18,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from posefree_kit import cli, optimiser, viewer
+from posefree_kit.baselines import read_latent_encoder
 from posefree_kit.checkpoints import load_generator, save_checkpoint
 from posefree_kit.core import InputError, load_image, save_json, sha256
 from posefree_kit.discriminator import Discriminator, DiscriminatorConfig
@@ -366,9 +367,12 @@ def test_train_with_any_setting(tmp_path):
     assert code == 0, err
     said = json.loads((tmp_path/"g"/"generator.json").read_text())["training"]
     assert said["g_rate"] == .001 and said["fade_kimg"] == 4 and said["d_rate"] == .0014   # what was not asked is the usual one of grown runs
-    for out, run, size, note in (("e", "r", 32, True), ("e2", "e", 64, False)):     # an encoder grows along, where there is one
-        code, _, err = train(tmp_path/out, "--kimg", .008, "--size", size, "--grow-from", tmp_path/run, "--encode", .5, "--set", "fade_kimg=.001")
-        assert code == 0 and any("no encoder learnt along" in line for line in err) == note and (tmp_path/out/"latent_encoder.safetensors").exists(), err
+    found = []
+    for out, run, size, encode, note in (("e", "r", 32, .5, "no encoder learnt along"), ("e2", "e", 64, .5, ""), ("e3", "e", 64, 0, "stays behind: --encode")): # an encoder grows along, where there is one
+        code, _, err = train(tmp_path/out, "--kimg", .008, "--size", size, "--grow-from", tmp_path/run, "--encode", encode, "--set", "fade_kimg=.001", "--set", "encode_rate=0", "--seed", size)
+        assert code == 0 and [note in line for line in err if "encoder" in line] == [True] * bool(note) and (tmp_path/out/"latent_encoder.safetensors").exists() == bool(encode), err
+        if encode: found.append(read_latent_encoder(tmp_path/out/"latent_encoder.safetensors").state_dict())
+    assert all(torch.equal(x[:len(y)], y) for x, y in zip(found[1].values(), found[0].values())) and found[1]["deltas.bias"].shape > found[0]["deltas.bias"].shape
     for text, *words in (("loss", "NAME=VALUE"), ("=1", "NAME=VALUE"), ("batch=4", "--batch"), ("rate=1", "unknown settings ['rate']"), ("g_rate=fast", "TrainConfig.g_rate", "'fast'"), ("loss=hinge", "nonsaturating or relativistic"), ("d_rate=-1", "TrainConfig.d_rate: expected 0 to 1"), ("encode_rate=-1", "encode_rate"), ("blur_px=1e12", "blur_px"), ("pose_weight=-5", "pose_weight"), ("condition_kimg=[]", "condition_kimg: expected two numbers"), ('condition_kimg=["a", 2]', "condition_kimg"), ("easy_kimg=[3, 2]", "easy_kimg: expected two numbers")): error(train(tmp_path/"s", "--kimg", 1, "--set", text), *words)
     error(train(tmp_path/"s", "--kimg", 1, "--set", "loss=relativistic", "--set", "loss=nonsaturating"), "one value, got several")
     error(train(tmp_path/"s", "--kimg", 1, "--start", tmp_path/"r"/"generator.safetensors", "--set", "blur_kimg=3"), "--set blur_kimg", "--start")

@@ -223,8 +223,14 @@ def test_a_process_whose_rows_hold_no_encoded_person_goes_on(images):
     assert w.shape == (0, s.G.config.w_dim) and deltas.shape == (0, s.E.config.num_ws, s.G.config.w_dim)
 
 
-def test_what_grows_learns_as_fast_as_what_is_there(images):
+def test_what_grows_begins_with_large_styles_and_its_encoder(images):
     s = new_state(G8, D8, ENCODE)
+    def written(state): # by the new block, into the planes
+        heard = []
+        hook = state.G.synthesis.blocks[-1].to_image.register_forward_hook(lambda m, i, o: heard.append(o.detach()))
+        state.G.planes(state.G.mapping(state.G.draw(2))); hook.remove()
+        return heard[0]
+    little = written(grow(s, 8, 8, ENCODE))
     with torch.no_grad():
         s.ema.synthesis.blocks[-1].to_image.style.bias.add_(5.)                        # as after a long run, where styles are large
         for p in s.e_ema.parameters(): p.add_(.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
@@ -232,13 +238,15 @@ def test_what_grows_learns_as_fast_as_what_is_there(images):
     big = grow(s, 8, 8, dataclasses.replace(ENCODE, fade_kimg=0.))
     *_, old, new = (b.to_image.style(big.G.w_avg[None, :big.G.config.look_dim]).square().mean().sqrt().item() for b in big.G.synthesis.blocks)
     assert old > 5 and abs(new / old - 1) < 1e-4
-    heard = []
-    hook = big.G.synthesis.blocks[-1].to_image.register_forward_hook(lambda m, i, o: heard.append(float(o.detach().std())))
-    big.G.planes(big.G.mapping(big.G.draw(2))); hook.remove()
-    assert 0 < heard[0] < .1                                                           # and has as little to say
+    assert torch.allclose(written(big), little, atol=1e-6) and 0 < little.std() < .1   # and has as little to say
+    with torch.no_grad(): big.G.synthesis.blocks[-1].to_image.weight.add_(.001); moved = written(big) - little; big.G.synthesis.blocks[-1].to_image.weight.sub_(.001)
+    calm = grow(dataclasses.replace(s, ema=new_state(G8, D8, ENCODE).ema), 8, 8, ENCODE)
+    with torch.no_grad(): calm.G.synthesis.blocks[-1].to_image.weight.add_(.001)
+    assert moved.std() > 4 * (written(calm) - little).std()                            # but the same step of its weights says more
     x = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     (w, deltas), (w2, deltas2) = s.e_ema(x), big.E(x)
-    assert torch.equal(w, w2) and torch.equal(deltas, deltas2[:, :s.G.num_ws]) and deltas.any() and not deltas2[:, s.G.num_ws:].any() and big.G.num_ws == s.G.num_ws + 2
+    assert torch.equal(w, w2) and torch.equal(deltas, deltas2[:, :s.G.num_ws]) and deltas.any() and torch.equal(deltas2[:, s.G.num_ws:], deltas[:, -1:].expand(-1, 2, -1))
+    assert torch.equal(big.G.planes(w2[:, None] + deltas2).w_last, s.ema.planes(w[:, None] + deltas).w_last)   # what draws the background hears the same
     assert all(p.requires_grad for p in big.E.parameters()) and train_step(big, UnposedImages.portraits(8, 16))["rec"] > 0
     assert grow(s, 8, 8, C).E is None
 
@@ -272,14 +280,13 @@ def test_the_recorded_step_is_the_same_step():
     sys.path.insert(0, str(Path(__file__).parent/"tools"))
     from train_cuda import Constants, Recorded, render
     from posefree_kit.checkpoints import load_generator
-    from posefree_kit.latent_encoder import fresh_encoder
     G = load_generator("portraits", "cpu")
     w = G.mapping(G.draw(2, 5)); planes, pose = G.planes(w), G.pose(w)
     with torch.no_grad():
         for x, y in zip(render(G, planes, pose, Constants(), 16, jitter=0.), G.render(planes, pose, size=16)): assert torch.allclose(x, y, atol=2e-5)
-    s = new_state(GeneratorConfig(channels=(16, 16, 8, 8), render_resolution=32), DiscriminatorConfig(channels=(8, 16, 24, 32)), TrainConfig(batch=8))
-    c = dataclasses.replace(s.config, encode_share=.25, loss="relativistic", r2_gamma=.1, match_weight=1., slant=.5)
-    run = Recorded(s.G, s.D, fresh_encoder(s.G).requires_grad_(True), c, UnposedImages.portraits(8, 32).images)
+    c = TrainConfig(batch=8, encode_share=.25, loss="relativistic", r2_gamma=.1, match_weight=1., slant=.5)
+    s = grow(new_state(GeneratorConfig(channels=(16, 16, 8), render_resolution=16), DiscriminatorConfig(channels=(16, 24, 32)), c), 8, 8, c)
+    run = Recorded(s.G, s.D, s.E, c, UnposedImages.portraits(8, 32).images)
     before = [p.detach().clone() for net in (run.G.synthesis, run.D, run.E) for p in net.parameters()]
     values = run.step(True, True).tolist()
     losses = dict(zip(run.names, values))

@@ -6,7 +6,7 @@
 A step of `posefree_kit.training.train_step` is some 5,000 small kernels, and a GPU waits for Python to ask for each: measured on an H200 machine beside other work, 105 images a second
 with batches of 32. Here the same step (an encoder in the loop, the pose learner held) is asked for once, recorded, and replayed: 900 images a second with batches of 64. What may not be recorded is gone:
 random numbers come from the device, constants are made before, nothing is read back, and planes are looked up by `grid_sample`. `tests/test_training.py` compares its pictures with the library's and takes a step on the CPU.
-The run that shipped used this code with its pictures made beside it, as they were needed; since it was put in order it has not been on a GPU again, and the recipe in `main` (scores compared in pairs, R2, features matched; chapter 08, points 15 to 17) has been tried on a CPU only.
+The run that shipped used this code with its pictures made beside it, as they were needed; since it was put in order it has not been on a GPU again, and the recipe in `main` (scores compared in pairs, R2, features matched; chapter 08, points 15 to 17) and growing with the encoder in the loop have been tried on a CPU only.
 """
 import argparse, copy, dataclasses, json, math, time
 from pathlib import Path
