@@ -454,7 +454,10 @@ def _lpips(name, path):
         warnings.simplefilter("ignore") # torchvision: a word about a renamed argument
         with torch.random.fork_rng([]): net = lpips.LPIPS(net=name.split("-")[1], pnet_rand=True, verbose=False) # pnet_rand: it downloads otherwise
     index = {k.split(".", 1)[1]: k for k in net.net.state_dict()} # lpips cuts the backbone into slices, and keeps torchvision's numbers
-    fill(name, net.net, read_state(name, path), lambda k: index.get(k.removeprefix("net.").split(".", 1)[-1] if "." in k else k, k))
+    def rename(k): # published files hold a classifier too, whose layers have numbers as well
+        head, _, rest = k.removeprefix("net.").partition(".")
+        return index.get(rest, k) if head == "features" or head.startswith("slice") else k
+    fill(name, net.net, read_state(name, path), rename)
     return LpipsMaps(net), [lin.model[-1].weight.detach().flatten() for lin in net.lins]
 
 class LpipsMaps(nn.Module):
@@ -523,9 +526,10 @@ def load_perceptual(
     return Perceptual(name, source, network, scales).to(resolve_device(device))
 
 def lpips_alex(device="cpu", used:str=""): # used: the loss's perceptual network, by name; -> Perceptual, or None
-    "LPIPS as it is used for evaluation, where its weights are on disk and the loss did not use it"
-    try: return None if used == "lpips-alex" else load_perceptual("lpips-alex", device=device)
-    except InputError: return None
+    "LPIPS as it is used for evaluation, where its weights are on disk and the loss did not use it; a file that is damaged is an `InputError`"
+    published = BACKBONES["lpips-alex"]
+    here = (torch_home()/published.folder/published.file).is_file()
+    return load_perceptual("lpips-alex", device=device) if here and used != "lpips-alex" else None
 
 def load_identity(
     name:str="portrait", # portrait (for losses), portrait-eval (for evaluation only), facenet, or clip, clip:MODEL, clip:MODEL/TAG

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from posefree_kit.core import InputError, config_to_dict, rng, save_values, sha256
 from posefree_kit.features import (OURS, SHIPPED, EncoderConfig, EncoderTraining, PortraitEncoder, Trainer, arcface_logits, assets, augment, backends, calibrate, decode,
-                                   default_identity, default_perceptual, encoder_card, fold, freeze, load_encoder, load_identity, load_perceptual, perceptual_distance,
+                                   default_identity, default_perceptual, encoder_card, fold, freeze, load_encoder, load_identity, load_perceptual, lpips_alex, perceptual_distance,
                                    photograph, save_encoder, train_encoder, verify)
 from posefree_kit.portraits import HELD_OUT, portrait_batch
 
@@ -170,7 +170,8 @@ def test_lpips_equals_the_library(net, tmp_path, noise, monkeypatch):
     torch.manual_seed(0)
     make = {"alex": torchvision.models.alexnet, "squeeze": torchvision.models.squeezenet1_1, "vgg": torchvision.models.vgg16}[net]
     backbone = {k: v for k, v in make(weights=None).state_dict().items() if k.startswith("features")}
-    torch.save(backbone, tmp_path/"backbone.pth")
+    other = {f"classifier.{i}.{k}": torch.zeros(2) for i in (0, 1, 3, 4, 6) for k in ("weight", "bias")} # what published files hold besides, under numbers that the backbone has too
+    torch.save(backbone | other, tmp_path/"backbone.pth")
     psi = load_perceptual(f"lpips-{net}", weights=tmp_path/"backbone.pth")
     theirs = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
     for k in theirs.net.state_dict(): theirs.net.state_dict()[k].copy_(backbone["features." + k.split(".", 1)[1]])
@@ -186,6 +187,10 @@ def test_lpips_finds_torchs_cache_and_checks_the_hash(no_caches):
     folder.mkdir(parents=True)
     torch.save(torchvision.models.squeezenet1_1(weights=None).state_dict(), folder/"squeezenet1_1-b8a52dc0.pth")
     with pytest.raises(InputError, match="sha256 begins with b8a52dc0"): load_perceptual("lpips-squeeze")
+    assert lpips_alex() is None                                                         # not there: left out
+    (folder/"alexnet-owt-7be5be79.pth").write_bytes(b"cut short")
+    with pytest.raises(InputError, match="sha256 begins with 7be5be79"): lpips_alex()   # there, and damaged: said
+    assert lpips_alex(used="lpips-alex") is None
 
 def test_facenet_from_a_file(tmp_path, noise, monkeypatch):
     facenet_pytorch = pytest.importorskip("facenet_pytorch")
