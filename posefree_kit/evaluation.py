@@ -111,13 +111,13 @@ def image_metrics(
 def depth_error(
     depth:Tensor, truth:Tensor, mask:Tensor, # (B, 1, H, H) each; mask of 0 and 1
 ) -> dict: # depth_corr, depth_rmse: (B,)
-    "Correlation of depth inside the mask, and root mean square error after the best scale and shift"
+    "Correlation of depth inside the mask, and root mean square error after the best shift and the best scale from 0 on"
     out = dict(depth_corr=[], depth_rmse=[])
     for d, t, m in zip(depth, truth, mask > .5):
         x, y = d[m].double(), t[m].double()
         xc, yc = x - x.mean(), y - y.mean()
         r = (xc * yc).sum() / (xc.norm() * yc.norm()).clamp(min=1e-9)
-        scale = (xc * yc).sum() / xc.square().sum().clamp(min=1e-9)
+        scale = ((xc * yc).sum() / xc.square().sum().clamp(min=1e-9)).clamp(min=0)  # a hollow face is no face behind a mirror
         out["depth_corr"].append(r); out["depth_rmse"].append((scale * xc - yc).square().mean().sqrt())
     return {k: torch.stack(v).float() for k, v in out.items()}
 
@@ -406,7 +406,9 @@ class RowFile:
             self.file.seek(0); data = self.file.read()
             self.rows = parse_rows(data, self.path.name)
             if self.rows and not resume: raise InputError(f"expected no rows in {str(self.path)!r}, got {len(self.rows)}: --resume goes on")
-            self.file.truncate(data.rfind(b"\n") + 1)
+            whole = data.rfind(b"\n") + 1
+            if whole < len(data) and data[whole:whole + 1] != b"{": raise InputError(f"expected a file of rows in {str(self.path)!r}, got {data[whole:whole + 60].decode(errors='replace')!r}")
+            self.file.truncate(whole)
         except InputError: self.file.close(); raise
     def append(self, rows:list):
         at, data = os.fstat(self.file.fileno()).st_size, "".join(json.dumps(r, ensure_ascii=False, allow_nan=False) + "\n" for r in rows).encode()
@@ -569,9 +571,9 @@ def pose_errors(rows:list) -> list: # the same rows, with pose_yaw_deg and pose_
     return rows
 
 def means(rows:list, keys=tuple(MEASURES), by=GROUP) -> list: # one dict a group: `by`, n (scored), failed, key -> (mean, low, high)
-    "Average each group; failures are counted beside"
+    "Average each group; failures are counted beside, and under `of` how many have each key"
     scored = lambda g: [r for r in g if not r.get("error")]
-    return [dict(zip(by, name)) | dict(n=len(scored(g)), failed=len(g) - len(scored(g))) | {k: interval([r.get(k) for r in scored(g)]) for k in keys} for name, g in groups(rows, by).items()]
+    return [dict(zip(by, name)) | dict(n=len(scored(g)), failed=len(g) - len(scored(g)), of={k: sum(r.get(k) is not None for r in scored(g)) for k in keys}) | {k: interval([r.get(k) for r in scored(g)]) for k in keys} for name, g in groups(rows, by).items()]
 
 def paired(rows:list, others:list, key:str) -> dict: # n, mean, low, high of (row - other) over images that both scored
     "The difference of two methods, image by image; for errors of pose, with frames that were fitted on these images alone"
@@ -615,12 +617,13 @@ def markdown_table(head:list, lines:list) -> str:
     return "\n".join(["|" + "|".join(map(str, line)) + "|" for line in [head, ["-"] * len(head), *lines]])
 
 def table(rows:list, keys=INPUT_VIEW, sets=None) -> str: # Markdown
-    "Means with intervals, one line a set and method; keys that nobody measured are left out"
+    "Means with intervals, one line a set and method; keys that nobody measured are left out, and where not all of n have a key, it is said how many have"
+    cell = lambda g, k: shown(g[k]) + (f" ({g['of'][k]} of {g['n']})" if 0 < g["of"][k] < g["n"] else "")
     m = [g for g in means(rows, keys) if sets is None or g["set"] in sets]
     keys = [k for k in keys if any(g[k][0] is not None for g in m)]
     arrow = {"higher": " ↑", "lower": " ↓", "": ""}
     return markdown_table(["set", "method", "generator", "preset, steps", "n", "failed", *(f"{k}{arrow[MEASURES[k].better]}" + (f", {MEASURES[k].unit}" if MEASURES[k].unit else "") for k in keys)],
-                          [[g["set"], label(g), f"{g['generator']} {g['sha256'][:6]}", f"{g['preset']}, {g['steps']}", g["n"], g["failed"], *(shown(g[k]) for k in keys)] for g in m])
+                          [[g["set"], label(g), f"{g['generator']} {g['sha256'][:6]}", f"{g['preset']}, {g['steps']}", g["n"], g["failed"], *(cell(g, k) for k in keys)] for g in m])
 
 def differences(rows:list, keys=("mse", "pdist", "id", "ms_ssim_dist", "novel_psnr_30", "novel_id_30", "depth_corr"), reference=("latent", "full")) -> str: # Markdown
     "Every method minus the reference (of the same generator, preset, seed and set; of each configuration, if there are several), image by image"
@@ -667,9 +670,10 @@ def stem(row:dict, whose:str="") -> str: # the name of a part of a run; whose: o
     return ".".join(safe(str(row[k])) for k in (("method", "ablation", "config") if whose else ("set", "method", "ablation", "sha256", "config")))
 
 def figure(rows:list, folder, path): # rows: of one set and generator; folder: of their strips
-    "Truth above, one method a line below, one person a column"
+    "Truth above, one method a line below, one person a column; who was not asked is left blank"
     from matplotlib.figure import Figure
     names = sorted({p.name.split(".")[0] for p in Path(folder).glob("*.truth.png")})
+    failed = {(stem(r, "strip"), str(r["image"])) for r in rows if r.get("error")}
     lines = [("truth", "truth")] + [(label(g[0]) + f"\n{g[0]['preset']}, {g[0]['steps']}", stem(g[0], "strip")) for g in groups(rows).values()]
     lines = [(text, who) for text, who in lines if any((Path(folder)/f"{n}.{who}.png").exists() for n in names)]
     fig = Figure((.6 + 3.2 * len(names), .55 + .85 * len(lines)), layout="constrained", dpi=90); fig.suptitle("people of the set {set}, by the generator {generator}".format(**rows[0]), fontsize=9)
@@ -678,7 +682,7 @@ def figure(rows:list, folder, path): # rows: of one set and generator; folder: o
         for i, (text, who) in enumerate(lines):
             ax, file = axes[i, j], Path(folder)/f"{name}.{who}.png"
             if file.exists(): ax.imshow(((load_image(file)[0].permute(1, 2, 0) + 1) / 2).numpy(), interpolation="nearest")
-            else: ax.text(.5, .5, "failed", ha="center", va="center", transform=ax.transAxes)
+            elif (who, name) in failed: ax.text(.5, .5, "failed", ha="center", va="center", transform=ax.transAxes)
             ax.set_xticks([]); ax.set_yticks([]); ax.spines[:].set_visible(False)
             if not j: ax.set_ylabel(text, fontsize=7, rotation=0, ha="right", va="center")
             if not i: ax.set_title(f"{name}: input view, -30°, +30°, depth", fontsize=7)
@@ -696,7 +700,8 @@ def figures(rows:list, out) -> list: # paths
 
 # %% ../nbs/15_evaluation.ipynb #c0a11023
 def named(row:dict) -> str: # `latent:w+` is `latent`, and `latent` run in w is `latent:w`
-    "One name for a method, however its space was asked for"
+    "One name for a method, however its space was asked for; what others call theirs stays"
+    if not row.get("space"): return row["method"]
     name = row["method"].removesuffix(":w+").removesuffix(":w")
     return f"{name}:w" if row.get("space") == "w" else name
 
@@ -772,7 +777,9 @@ def read_views(folder) -> dict: # the content of views.json: method, set, n, siz
     for e in v["images"]:
         need(isinstance(e, dict) and {"image", "reconstruction"} <= set(e) <= set(_ENTRY), f"an image with {', '.join(_ENTRY)}", e)
         for k, x in e.items(): need(isinstance(x, _ENTRY[k]) and not isinstance(x, bool), f"{k} as {getattr(_ENTRY[k], '__name__', 'number')}", x)
+        for k in {"yaw_deg", "pitch_deg", "seconds"} & set(e): need(abs(e[k]) < 1e9, f"{k} as a finite number", e[k])
         need(e["image"] in seeds and e["image"] not in seen, f"each of the first {v['n']} seeds of {v['set']} once", e["image"]); seen.add(e["image"])
+        need(all(isinstance(f, str) for f in e.get("novel", {}).values()), "novel views as names of files", e.get("novel"))
         need(all(k in {f"{o:+d}" for o in OFFSETS} for k in e.get("novel", {})), f"novel views at {', '.join(f'{o:+d}' for o in OFFSETS)}", sorted(e.get("novel", {})))
     return v
 
@@ -786,7 +793,7 @@ def _inside(folder, name:str) -> Path: # a file of that folder
 def read_depth(path) -> Tensor: # (1, 1, H, H)
     "Depth from a .npy file"
     x = torch.from_numpy(read_array(path).astype("float32"))
-    if x.ndim != 2 or x.shape[0] != x.shape[1] or not x.isfinite().all(): raise InputError(f"{Path(path).name}: expected finite depth of shape (H, H), got {tuple(x.shape)}")
+    if x.ndim != 2 or x.shape[0] != x.shape[1] or not x.numel() or not x.isfinite().all(): raise InputError(f"{Path(path).name}: expected finite depth of shape (H, H), got {tuple(x.shape)}")
     return x[None, None]
 
 def read_answer(entry:dict, folder:Path, size:int) -> Answer:

@@ -16,7 +16,7 @@ from posefree_kit.camera import FOCAL, Pose
 from posefree_kit.checkpoints import save_checkpoint
 from posefree_kit.core import InputError, load_image, rng, save_image, save_json
 from posefree_kit.discriminator import Discriminator, DiscriminatorConfig
-from posefree_kit.evaluation import ABLATIONS, MEASURES, OFFSETS, SELF, SETS, Answer, Busy, Judges, RowFile, answer, attempt, benchmark, differences, evaluate, frechet_draws, image_metrics, in_sight, interval, label, load_judges, means, named, \
+from posefree_kit.evaluation import ABLATIONS, MEASURES, OFFSETS, SELF, SETS, Answer, Busy, Judges, RowFile, answer, attempt, benchmark, depth_error, differences, figure, evaluate, frechet_draws, image_metrics, in_sight, interval, label, load_judges, means, named, \
     normal_error, one_of, own_truth, paired, portrait_truth, pose_errors, protocol, read_rows, read_views, report, resolve, score, score_views, set_seeds, shown, table, verdict, write_tables, write_views
 from posefree_kit.generator import GeneratorConfig
 from posefree_kit.optimiser import DivergedError, Inversion, quick
@@ -42,6 +42,22 @@ def known(G, w) -> Inversion:
 def mean_face(image, generator, config, callback=None): return known(generator, generator.w_avg.expand(len(image), -1))
 
 # Pictures
+
+def test_a_hollow_face_is_no_better_than_a_flat_one():
+    truth = torch.rand(1, 1, 16, 16, generator=rng(0)) * .3 + 2.4
+    scored = {name: depth_error(depth, truth, torch.ones(1, 1, 16, 16)) for name, depth in (("same", 2 * truth - 1), ("hollow", 5 - truth), ("flat", torch.full_like(truth, 2.5)))}
+    assert scored["same"]["depth_rmse"] < 1e-6 and scored["hollow"]["depth_corr"] < -.999
+    assert scored["hollow"]["depth_rmse"] == pytest.approx(float(scored["flat"]["depth_rmse"])) and scored["flat"]["depth_rmse"] > .05
+
+def test_who_was_not_asked_has_not_failed(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+    row = lambda method, image, **more: dict(set="portraits-easy", method=method, ablation="full", generator="g", sha256="h", config="c", preset="quick", steps=1, seed=0, image=image, **more)
+    rows = [row("a", 1), row("b", 1, error="none found"), row("b", 2)]
+    for name in ("1.truth", "2.truth", "1.a.full.c", "2.b.full.c"): save_image(torch.zeros(1, 3, 8, 32), tmp_path/f"{name}.png")
+    words, text = [], Axes.text
+    monkeypatch.setattr(Axes, "text", lambda self, x, y, s, **k: (words.append(s), text(self, x, y, s, **k))[1])
+    figure(rows, tmp_path, tmp_path/"f.png")
+    assert words == ["failed"]                                                      # b's first; of a nobody asked for the second
 
 def test_identical_pictures_are_at_the_limit_of_every_figure():
     x = portrait_batch(torch.arange(10_000_000, 10_000_003), 32).image
@@ -180,6 +196,15 @@ def test_one_process_at_a_time_writes_a_file(tmp_path):
         with pytest.raises(Busy): RowFile(tmp_path/"r.jsonl", resume=True)
     RowFile(tmp_path/"r.jsonl").__exit__()
 
+def test_a_file_of_something_else_is_left_as_it_is(tmp_path):
+    (tmp_path/"notes.txt").write_text("no row, and no end of line")
+    for resume in (False, True):
+        with pytest.raises(InputError, match="expected a file of rows .* got 'no row"): RowFile(tmp_path/"notes.txt", resume)
+    assert (tmp_path/"notes.txt").read_text() == "no row, and no end of line"
+    (tmp_path/"cut.jsonl").write_text('{"set": "po')                                # a row that was cut is made again
+    with RowFile(tmp_path/"cut.jsonl") as file: assert not file.rows
+    assert not (tmp_path/"cut.jsonl").read_text()
+
 def test_a_part_that_another_process_has_is_left_to_it(G, tmp_path):
     rows = benchmark(G, tmp_path, sets=["self"], config=SHORT, n=1, progress=False)
     part = next((tmp_path/"rows").glob("*.jsonl"))
@@ -292,7 +317,7 @@ def test_rows_that_are_there_twice_do_not_fit_their_own_frames(tmp_path):
 
 def test_a_method_has_one_name_however_its_space_was_asked_for():
     assert [named(dict(method=m, space=s)) for m, s in (("latent", "w+"), ("latent:w+", "w+"), ("latent", "w"), ("latent:w", "w"), ("encoder+latent", "w+"))] == ["latent", "latent", "latent:w", "latent:w", "encoder+latent"]
-    assert named(dict(method="truth")) == "truth"
+    assert named(dict(method="truth")) == "truth" and named(dict(method="mine:w")) == "mine:w"    # what others call theirs
 
 def test_a_judge_that_the_loss_uses_is_left_out(monkeypatch):
     from posefree_kit import features
@@ -360,12 +385,16 @@ def test_what_is_missing_is_a_failure_and_what_is_left_out_is_not_scored(views):
     rows = score_views(folder)
     assert rows[0]["error"] == "not listed in views.json" and rows[1]["psnr"] > 45 and "novel_psnr" not in rows[1] and "depth_corr" not in rows[1]
     assert (means(rows)[0]["n"], means(rows)[0]["failed"]) == (1, 1)
+    some = lambda **changes: dict(set="s", method="m", ablation="full", generator="", sha256="", config="files", preset="files", steps=None, seed=0, psnr=20.) | changes
+    text = table([some(image=1, psnr=30.), some(image=2), some(image=3, depth_corr=.5)], ("psnr", "depth_corr"))
+    assert "|3|0|23.3" in text and "(1 of 3)" in text and text.count(" of 3)") == 1 # a mean over some of them says so
     (folder/second["depth"]).write_bytes(b"not numbers")
     save_json(v | dict(images=[second]), folder/"views.json")
     assert "depth" in score_views(folder)[1]["error"]
 
 @pytest.mark.parametrize("change", [dict(format="x"), dict(method=""), dict(set="self"), dict(n=0), dict(size="64"), dict(images={}), dict(extra=1), dict(images=[dict(image=1, reconstruction="a.png")]), dict(images=[dict(image=10500041)]),
-                                    dict(images=[dict(image=10500041, reconstruction="a.png", novel={"20": "b.png"})]), dict(images=[dict(image=10500041, reconstruction="a.png")] * 2), dict(images=[dict(image=True, reconstruction="a.png")])])
+                                    dict(images=[dict(image=10500041, reconstruction="a.png", novel={"20": "b.png"})]), dict(images=[dict(image=10500041, reconstruction="a.png")] * 2), dict(images=[dict(image=True, reconstruction="a.png")]),
+                                    dict(images=[dict(image=10500041, reconstruction="a.png", novel={"+30": 5})]), dict(images=[dict(image=10500041, reconstruction="a.png", seconds=10 ** 400)]), dict(images=[dict(image=10500041, reconstruction="a.png", yaw_deg=-1e300)])])
 def test_a_wrong_list_is_refused(tmp_path, change):
     save_json(dict(format="posefree_kit views 1", method="m", set="portraits-written", n=2, size=32, images=[]) | change, tmp_path/"views.json")
     with pytest.raises(InputError, match="expected"): read_views(tmp_path)
@@ -376,8 +405,8 @@ def test_files_outside_the_folder_and_broken_json(tmp_path):
     save_json(dict(format="posefree_kit views 1", method="m", set="portraits-written", n=1, size=32, images=[entry]), tmp_path/"v"/"views.json")
     assert "inside the folder" in score_views(tmp_path/"v")[0]["error"]
     save_image(torch.zeros(1, 3, 32, 32), tmp_path/"v"/"x.png")
-    np.savez((tmp_path/"v"/"zip.npy").open("wb"), x=np.ones(2)); (tmp_path/"v"/"cut.npy").write_bytes((tmp_path/"v"/"zip.npy").read_bytes()[:100]); np.save(tmp_path/"v"/"text.npy", np.full((8, 8), "x")); np.save(tmp_path/"v"/"complex.npy", np.ones((8, 8), complex))
-    for change, said in ((dict(depth="zip.npy"), "an archive of arrays"), (dict(depth="cut.npy"), "an array of numbers in 'cut.npy'"), (dict(depth="text.npy"), "got <U1"), (dict(depth="complex.npy"), "got complex128"), (dict(reconstruction="a\0b.png"), "the name of a file")):
+    np.savez((tmp_path/"v"/"zip.npy").open("wb"), x=np.ones(2)); (tmp_path/"v"/"cut.npy").write_bytes((tmp_path/"v"/"zip.npy").read_bytes()[:100]); np.save(tmp_path/"v"/"text.npy", np.full((8, 8), "x")); np.save(tmp_path/"v"/"complex.npy", np.ones((8, 8), complex)); np.save(tmp_path/"v"/"none.npy", np.ones((0, 0)))
+    for change, said in ((dict(depth="zip.npy"), "an archive of arrays"), (dict(depth="cut.npy"), "an array of numbers in 'cut.npy'"), (dict(depth="text.npy"), "got <U1"), (dict(depth="complex.npy"), "got complex128"), (dict(depth="none.npy"), "got (0, 0)"), (dict(reconstruction="a\0b.png"), "the name of a file")):
         save_json(dict(format="posefree_kit views 1", method="m", set="portraits-written", n=1, size=32, images=[entry | dict(reconstruction="x.png") | change]), tmp_path/"v"/"views.json")
         assert said in score_views(tmp_path/"v")[0]["error"]
     (tmp_path/"v"/"views.json").write_text("{")
