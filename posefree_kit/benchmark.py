@@ -26,29 +26,30 @@ from .training import TrainConfig, UnposedImages, new_state, train_step
 class Clock:
     "Seconds of a call: of this process where one CPU thread does the work (others on the machine do not count), of the wall otherwise"
     def __init__(self, device):
-        self.cuda = torch.device(device).type == "cuda"
-        self.name = "CPU seconds of the process" if not self.cuda and torch.get_num_threads() == 1 else "wall seconds"
+        kind = torch.device(device).type
+        self.wait = {"cuda": lambda: torch.cuda.synchronize(device), "mps": torch.mps.synchronize}.get(kind, lambda: None)
+        self.name = "CPU seconds of the process" if kind == "cpu" and torch.get_num_threads() == 1 else "wall seconds"
         self.now = time.process_time if self.name.startswith("CPU") else time.perf_counter
     def __call__(self, f) -> float:
-        if self.cuda: torch.cuda.synchronize()
+        self.wait()
         t0 = self.now(); f()
-        if self.cuda: torch.cuda.synchronize()
+        self.wait()
         return self.now() - t0
 
 class Memory:
     "Most memory in use inside the block, MB above what was in use before it: of the device, or of the process on Linux; None elsewhere"
     mb = before = None
-    def __init__(self, device): self.cuda = torch.device(device).type == "cuda"
+    def __init__(self, device): self.device, self.cuda = device, torch.device(device).type == "cuda"
     @staticmethod
     def status(key): return next(int(x.split()[1]) / 1024 for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(key))
     def __enter__(self):
         gc.collect()
-        if self.cuda: torch.cuda.synchronize(); torch.cuda.reset_peak_memory_stats(); self.before = torch.cuda.memory_allocated() / 2 ** 20
+        if self.cuda: torch.cuda.synchronize(self.device); torch.cuda.reset_peak_memory_stats(self.device); self.before = torch.cuda.memory_allocated(self.device) / 2 ** 20
         elif platform.system() == "Linux":
             with contextlib.suppress(OSError): ctypes.CDLL(None).malloc_trim(0); Path("/proc/self/clear_refs").write_text("5"); self.before = self.status("VmRSS") # some containers have no such file
         return self
     def __exit__(self, *error):
-        if self.cuda: self.mb = torch.cuda.max_memory_allocated() / 2 ** 20 - self.before
+        if self.cuda: self.mb = torch.cuda.max_memory_allocated(self.device) / 2 ** 20 - self.before
         elif self.before is not None: self.mb = self.status("VmHWM") - self.before
 
 def floor(clock:Clock, device, size:int|None=None) -> dict: # size: of the matrices; None: by the device
@@ -126,11 +127,11 @@ def generator_parts(G) -> list: # of Part
     return [Part(name, makes, *map(way, both)) for name, makes, way in rows]
 
 def step_parts(G, size:int=32, batch:int=8) -> list: # of Part; size: 16 or 32, pixels a side of the pictures that training sees
-    "The simulator, one step of an inversion (both stages' losses, Eq. 6) and one of training"
+    "The simulator, one step of an inversion (of its second stage, Eq. 4 with it, which is due in every fourth) and one of training (without R1 and the density's smoothness, due in every 16th and 4th)"
     if size not in (16, 32): raise InputError(f"expected a training step of 16 or 32 pixels a side, got {size}")
     device, config, layers = G.w_avg.device, quick(), {16: 3, 32: 4}[size]
     image = portrait(HELD_OUT, G.resolution).image
-    def inversion(H): # a step of the second stage
+    def inversion(H):
         nets, target = prepare(image, H, config)
         w, d = H.mapping(H.draw(1)).detach().requires_grad_(), torch.zeros(1, H.num_ws, H.config.w_dim, device=device, requires_grad=True)
         sight = Sight(nets.psi, nets.phi, target)
@@ -138,7 +139,8 @@ def step_parts(G, size:int=32, batch:int=8) -> list: # of Part; size: 16 or 32, 
     def training(compiled):
         s = new_state(GeneratorConfig(channels=GeneratorConfig().channels[:layers], render_resolution=size), DiscriminatorConfig(channels=DiscriminatorConfig().channels[-layers:]), TrainConfig(batch=batch), device)
         if compiled: s.G.compile_march()
-        return lambda: train_step(s, data)
+        def step(): s.seen = batch; return train_step(s, data) # always the second: what is counted is what is timed
+        return step
     data, both = UnposedImages.portraits(2 * batch, size), ways(G)
     compiled = both[0].compiled
     return [Part("simulator", f"8 portraits of {G.resolution} x {G.resolution}", lambda: portrait_batch(range(8), G.resolution, device=device)), Part("inversion step", "one step, native size", *map(inversion, both)),
@@ -154,13 +156,13 @@ def speed(
     say=lambda text: None, # told what is being done
 ) -> dict:
     "Everything that is measured, in one process"
+    if unknown := [p for p in presets if p not in PRESETS]: raise InputError(f"expected a preset among {', '.join(PRESETS)}, got {unknown[0]!r}")
     device = G.w_avg.device
     clock = Clock(device)
     say("the floor"); least = floor(clock, device, matrices)
     say("the parts, in turns"); rows = measure(step_parts(G, size, batch) + generator_parts(G), clock, rounds, least["gflop_per_second"])
     fast, whole = ways(G)[0], []
     for name in presets:
-        if name not in PRESETS: raise InputError(f"expected a preset among {', '.join(PRESETS)}, got {name!r}")
         say(f"a whole inversion, {name}")
         found, person = [], portrait(HELD_OUT + 2, G.resolution).image.to(device)
         seconds = clock(lambda: found.append(invert(person, fast, PRESETS[name]())))

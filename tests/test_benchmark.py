@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from posefree_kit.benchmark import Clock, Memory, Part, floor, generator_parts, measure, save_speed, speed, speed_markdown, ways
+from posefree_kit.benchmark import Clock, Memory, Part, floor, generator_parts, measure, save_speed, speed, speed_markdown, step_parts, ways
 from posefree_kit.checkpoints import save_checkpoint
 from posefree_kit.core import InputError
 from posefree_kit.evaluation import SETS, set_seeds
@@ -52,6 +52,19 @@ def test_rounds_are_taken_in_turns_and_the_first_call_does_not_count():
     assert calls[:3] == ["a", "A", "b"] and calls[3:9] == ["a", "A", "b"] * 2 # and then once more, to count operations
     assert rows[0]["seconds"] == 2 and rows[0]["ratio"] == 3 and rows[1]["plain_seconds"] is None and rows[1]["gflop"] is None
     with pytest.raises(InputError, match="at least 1 round"): measure(parts, Clock("cpu"), 0)
+
+
+def test_the_training_step_that_is_counted_is_the_one_that_is_timed(monkeypatch):
+    from posefree_kit import benchmark
+    seen, real = [], benchmark.train_step
+    monkeypatch.setattr(benchmark, "train_step", lambda s, data: (seen.append(s.step), real(s, data)))
+    part = step_parts(small(), 16, 2)[-1]
+    for _ in range(3): part.fast()
+    assert seen == [1, 1, 1]                                                        # R1 (step 0) and smoothness (every fourth) in none of them
+
+
+def test_presets_are_known_before_anything_is_measured():
+    with pytest.raises(InputError, match="expected a preset among quick, paper, got 'slow'"): speed(None, presets=("quick", "slow"))
 
 
 def test_the_clock_the_memory_and_the_floor():
