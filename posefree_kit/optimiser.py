@@ -117,10 +117,10 @@ def paper(**changes) -> InvertConfig:
     return dataclasses.replace(InvertConfig(preset="paper"), **changes)
 
 def with_steps(config:InvertConfig, steps:int) -> InvertConfig: # the same stages, shared out in proportion
-    "A configuration with another number of steps in all"
+    "A configuration with another number of steps in all; no start is searched for longer than that"
     if steps < 1: raise InputError(f"expected at least 1 step, got {steps}")
     ends = [round(steps * sum(s.steps for s in config.stages[:i]) / config.steps) for i in range(len(config.stages) + 1)]
-    return dataclasses.replace(config, stages=tuple(dataclasses.replace(s, steps=b - a) for s, a, b in zip(config.stages, ends, ends[1:])))
+    return dataclasses.replace(config, start_steps=min(config.start_steps, steps), stages=tuple(dataclasses.replace(s, steps=b - a) for s, a, b in zip(config.stages, ends, ends[1:])))
 
 PRESETS = {"quick": quick, "paper": paper}
 

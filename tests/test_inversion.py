@@ -131,6 +131,7 @@ def test_few_steps_are_shared_out_over_many_stages(steps):
     got = [s.steps for s in with_steps(four, steps).stages]
     assert sum(got) == steps and min(got) >= 0 and max(got) - min(got) <= max(1, steps // 30)
     assert [s.steps for s in with_steps(quick(), 10).stages] == [4, 6]
+    assert [with_steps(quick(), n).start_steps for n in (6, 30, 350)] == [6, 30, 30]   # ten steps asked for are not ninety in the search before
 
 def test_multiview_is_zero_without_offset_and_sees_every_image_alone(G):
     w, view = G.sample(2, seed=7); planes, pose = G.planes(w), G.pose(w)

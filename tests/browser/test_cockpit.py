@@ -17,13 +17,14 @@ from tree import ROOT, private_jupyter
 
 pytestmark = pytest.mark.xdist_group("lab") # one worker, one server
 PICTURES = ROOT/"out"/"browser" # the screenshots, kept as artefacts
-CELLS = ("""import json
+CELLS = ("""import contextlib, json
 from posefree_kit import viewer
 from posefree_kit.camera import Pose
 from posefree_kit.checkpoints import load_generator
-from posefree_kit.core import load_image
+from posefree_kit.core import InputError, load_image
 from posefree_kit.optimiser import quick, with_steps
 G = load_generator("portraits", "cpu")
+with contextlib.suppress(InputError): G.compile_march()
 c = viewer.cockpit(load_image("face.png"), G, with_steps(quick(starts=1, candidates=64), 2000), folder="saved", every=2)
 def write(session, step):
     if step: print(json.dumps(dict(step=step.step, geo=step.weights["geo"])), file=open("trace.jsonl", "a"), flush=True)
