@@ -278,6 +278,7 @@ def invert(
     config = inversion_config(G.config.domain, preset, space, seed, steps, perceptual, identity)
     net = load_latent_encoder(G, encoder) if method.startswith("encoder") else None
     judge = load_identity("portrait-eval", device=where) if G.config.domain == "faces" else None
+    if judge and judge.name in (config.identity, config.perceptual): raise InputError(f"expected --identity and --perceptual other than {judge.name}, which judges the result: its figures would flatter")
     cut = framing_for(G, framing) if align else None
     asked = dict(align=align, background=background if align else None, framing=framing if align else None, encoder=net.card["sha256"] if net else None)
     job = Job(G, config, load_perceptual(config.perceptual, device=where), load_identity(config.identity, device=where), judge, lpips_alex(where, config.perceptual), writable(out), method, net, align, background, resume, overwrite, mesh, video, progress, cut, asked)
@@ -303,13 +304,15 @@ def render(
     size:Annotated[int, typer.Option(help="Pixels a side.")]=256,
     generator:Annotated[Optional[str], typer.Option(help="A shipped generator or a .safetensors file [default: the one the latent names].", show_default=False)]=None,
     device:Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]="auto",
+    overwrite:Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")]=False,
 ) -> list: # paths that were written
     "Render a saved latent from other poses."
     from posefree_kit import viewer
     from posefree_kit.camera import Pose
     from posefree_kit.core import InputError, save_image
     if not 16 <= size <= 2048: raise InputError(f"expected a size of 16 to 2048 pixels, got {size}")
-    suffix = out.suffix.lower()
+    suffix = "" if out.is_dir() else out.suffix.lower()
+    if out.is_file() and not overwrite: raise InputError(f"expected no file {str(out)!r}, got one: --overwrite replaces it")
     if suffix in (".mp4", ".gif", ".glb", ".ply", ".obj", ".stl") and not (yaw_deg is None and pitch_deg is None): raise InputError(f"expected --yaw-deg and --pitch-deg with pictures, got them with {out.name!r}: a turntable and a mesh have no pose of their own")
     G, ws, own = latent_and_generator(latent, generator, device)
     if suffix in (".mp4", ".gif"): return [viewer.turntable(G, ws, out, size=size + size % 2, shown=size + size % 2, radius=own.radius)]
@@ -321,8 +324,11 @@ def render(
     if single and len(yaws) > 1: raise InputError(f"expected a folder for {len(yaws)} pictures, got the file {out.name!r}")
     poses = Pose.deg(yaws, own_pitch if pitch_deg is None else pitch_deg, ws.device).at(own.radius)
     if not all(abs(v) <= 89 for v in poses.degrees().flatten().tolist()): raise InputError(f"expected angles within 89 degrees, got yaw {yaws} and pitch {pitch_deg}")
+    paths = [out] if single else [Path(out)/f"yaw{y:+06.1f}_pitch{p:+06.1f}.png" for y, p in poses.degrees().tolist()]
+    if len(set(paths)) < len(paths): raise InputError(f"expected angles that differ by a tenth of a degree (files are named by them), got yaw {yaws}")
+    if not overwrite and (there := [p.name for p in paths if p.exists()]): raise InputError(f"expected no {there[0]} in {str(out)!r}, got one: --overwrite replaces it")
+    if not single: writable(out)
     pictures = viewer.look(G, G.planes(ws), poses, size)
-    paths = [out] if single else [writable(out)/f"yaw{y:+06.1f}_pitch{p:+06.1f}.png" for y, p in poses.degrees().tolist()]
     for x, path in zip(pictures, paths): save_image(x, path); say(str(path))
     return paths
 
@@ -515,6 +521,7 @@ def train(
     share = Processes.launched(device)
     there = share.any((Path(out)/STATE).exists())
     if there and not resume: raise InputError(f"expected a new folder, got {str(out)!r} with a run in it: --resume goes on")
+    if not resume and share.any((Path(out)/"generator.safetensors").exists()): raise InputError(f"expected a new folder, got {str(out)!r} with generator.safetensors in it, which the run would replace at its end")
     if resume and not there: raise InputError(f"expected a run to go on with, got {str(out)!r} without {STATE}: leave --resume out to begin one")
     if start and grow_from: raise InputError("expected --start or --grow-from, got both")
     wide = channels(wider) if wider else None

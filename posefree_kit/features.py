@@ -488,25 +488,33 @@ def _clip(name, weights, download):
     import open_clip
     model, _, tag = (name.partition(":")[2] or CLIP_MODEL).partition("/")
     if model not in open_clip.list_models(): raise InputError(f"{name}: expected a model that open_clip knows, such as ViT-B-32, got {model!r}")
-    cfg = {}
-    if weights is None: weights, cfg = _clip_file(open_clip, name, model, tag or CLIP_MODEL.partition("/")[2], download)
+    if "hf_model_name" in (open_clip.get_model_config(model) or {}).get("text_cfg", {}): raise InputError(f"{name}: expected a model whose text side is open_clip's own, got one that fetches another from Hugging Face")
+    if weights is None: tag = tag or CLIP_MODEL.partition("/")[2]
     elif not Path(weights).is_file(): raise InputError(f"{name}: expected a weights file, got {str(weights)!r}: no such file")
+    cfg = open_clip.get_pretrained_cfg(model, tag) if tag else {} # the activation and the normalisation of a tag's weights are in no file
+    if tag and not cfg: raise InputError(f"{name}: expected a tag among {', '.join(open_clip.list_pretrained_tags_by_model(model)) or 'none'} (or weights=FILE and no tag), got {tag!r}")
+    if weights is None: weights = _clip_file(name, cfg, download)
     forced = {k: cfg[k] for k in ("mean", "std") if k in cfg}
     try: net = open_clip.create_model(model, pretrained=str(weights), force_quick_gelu=cfg.get("quick_gelu", False), force_preprocess_cfg=forced)
     except Exception as e: raise InputError(f"{name}: expected weights of open_clip's {model} in {Path(weights).name}: {(str(e) or type(e).__name__).splitlines()[0][:120]}") from e
+    if getattr(net.visual, "output_tokens", False): net.visual.output_tokens = False # CoCa's: the picture's tokens beside its embedding
     size, p = net.visual.image_size, net.visual.preprocess_cfg
     return net.visual, Prepare(size[0] if isinstance(size, (tuple, list)) else size, p["mean"], p["std"]), Path(weights)
 
-def _clip_file(open_clip, name, model, tag, download):
+def _clip_file(name, cfg, download) -> str: # cfg: open_clip's, of a tag
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
-    if not (cfg := open_clip.get_pretrained_cfg(model, tag)): raise InputError(f"{name}: expected a tag among {', '.join(open_clip.list_pretrained_tags_by_model(model)) or 'none'} (or weights=FILE), got {tag!r}")
     repo, file = (cfg.get("hf_hub") or "/").rsplit("/", 1)
-    for f in [file] if file else ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]:
-        if isinstance(path := try_to_load_from_cache(repo, f), str): return path, cfg
-    url, f = f"https://huggingface.co/{repo}/resolve/main/{file or 'open_clip_model.safetensors'}", file or "open_clip_model.safetensors"
-    if not download: raise InputError(f"{name}: expected {f} of {repo} in the Hugging Face cache (from {url}); found none: give weights=FILE, or allow download=True")
-    _reachable(name, url, "give weights=FILE")
-    return hf_hub_download(repo, f), cfg
+    files = [file] if file else ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"] # the older repositories have the second alone
+    for f in files:
+        if isinstance(path := try_to_load_from_cache(repo, f), str): return path
+    url = lambda f: f"https://huggingface.co/{repo}/resolve/main/{f}"
+    if not download: raise InputError(f"{name}: expected {' or '.join(files)} of {repo} in the Hugging Face cache (from {url(files[0])}); found none: give weights=FILE, or allow download=True")
+    for f in files:
+        try: _reachable(name, url(f), "give weights=FILE"); break
+        except InputError as e:
+            if f == files[-1] or getattr(e.__cause__, "code", None) != 404: raise
+    try: return hf_hub_download(repo, f)
+    except Exception as e: raise InputError(f"{name}: expected to download {url(f)}, got {type(e).__name__}: {' '.join(str(e).split())[:160]}: give weights=FILE") from e # the library has errors of its own
 
 # %% ../nbs/10_features.ipynb #7a62063c
 def load_perceptual(

@@ -171,7 +171,7 @@ def objective(
     if lam["geo"]: parts["geo"] = losses.geometry(view.depth, view.weight, G.config.near, G.config.far)
     if lam["w_prior"]: parts["w_prior"] = losses.w_prior(w, G.w_avg)
     if lam["delta_prior"] and config.space == "w+" and config.stages[stage].layers: parts["delta_prior"] = losses.delta_prior(deltas)
-    if taken := sorted(set(terms) & set(lam)): raise InputError(f"terms: expected new names, got {', '.join(taken)}")
+    if taken := sorted(set(terms) & {*lam, "total", "step", "stage", "seconds", "rate", "pose", "weights"}): raise InputError(f"terms: expected new names, got {', '.join(taken)}") # a loss's, or an entry's of the trace
     for name, (weight, f) in terms.items():
         lam[name], parts[name] = weight(p) if callable(weight) else weight, f(planes, pose, view, target)
         check_shape(parts[name], "B", f"terms[{name!r}]", B=len(target))

@@ -650,10 +650,12 @@ def write_portraits(
     who, folder = _integers(seeds, "seeds").tolist(), Path(folder)
     if len(set(who)) < len(who): raise InputError("write_portraits: expected each seed once, since files are named by it; got some twice")
     changes = {k: v.tolist() if isinstance(v, Tensor) else v for k, v in changes.items()}
-    made = portrait_batch(seeds, size, **options)
-    for i, seed in enumerate(who):
-        yaw_deg, pitch_deg = (round(v, 4) for v in made.pose[i].degrees()[0].tolist())
-        save_image(made.image[i:i + 1].cpu(), folder / f"portrait_{seed}.png")
-        records.append(dict(file=f"portrait_{seed}.png", seed=seed, size=size, yaw_deg=yaw_deg, pitch_deg=pitch_deg, changes=changes, styles={k: made.identity[k][i] for k in STYLES}))
+    same = all(v is None or k == "light" or isinstance(v, (int, float, str)) for k, v in options.items()) # for everybody: then a few at a time are in memory
+    for part in (who[i:i + 64] for i in range(0, len(who), 64)) if same else [who]:
+        made = portrait_batch(part, size, **options)
+        for i, seed in enumerate(part):
+            yaw_deg, pitch_deg = (round(v, 4) for v in made.pose[i].degrees()[0].tolist())
+            save_image(made.image[i:i + 1].cpu(), folder / f"portrait_{seed}.png")
+            records.append(dict(file=f"portrait_{seed}.png", seed=seed, size=size, yaw_deg=yaw_deg, pitch_deg=pitch_deg, changes=changes, styles={k: made.identity[k][i] for k in STYLES}))
     save_json(records, folder / "portraits.json")
     return records

@@ -78,6 +78,7 @@ class Stored:
             except (OSError, need("pyarrow").ArrowException) as e: raise InputError(f"expected a whole Parquet file, got row group {g} damaged: {' '.join(str(e).split())[:200]}") from e
         v = self.rows[i - (self.ends[g - 1] if g else 0)].as_py()
         if isinstance(v, dict): v = v.get("bytes") or v.get("path")
+        if not isinstance(v, (bytes, str, type(None))): raise InputError(f"expected bytes or paths in the column {self.column}, got {type(v).__name__}")
         return str(self.home/v) if isinstance(v, str) else v
     def names(self) -> list:
         column = self.named or (self.column if self.column == "path" else None)
@@ -223,8 +224,12 @@ class Worker:
         "Invert a batch; an image that cannot be inverted becomes a row that says why"
         seen, rows, notes = {}, {}, []
         for it in items:
-            try: seen[it.index] = self.look(it)
-            except (InputError, OSError) as e: rows[it.index] = failed_row(it, e)
+            try:
+                seen[it.index] = self.look(it)
+                if not self.job.write: notes += [f"{it.name}: {text}" for text in (seen[it.index][1] or {}).get("warnings", ())] # else its report has them
+            except (InputError, OSError) as e:
+                if getattr(e, "errno", None) in FULL: raise Halt(f"could not keep {it.name} for reading: {e.strerror}") from e
+                rows[it.index] = failed_row(it, e)
         good = [it for it in items if it.index in seen]
         if good: rows |= self.attempt(good, seen, notes)
         return [rows[it.index] for it in items], notes
@@ -255,8 +260,9 @@ class Worker:
             row |= {k: v if (v := figures[k][i]) is not None and math.isfinite(v) else None for k in FIGURES}
             image, aligned = seen[it.index]
             try: self.files(it, image, aligned, one_of(inv, i, seconds), notes)
-            except (InputError, OSError) as e:
+            except (*FAILURES, OSError) as e: # full memory too, while film and mesh are drawn
                 if getattr(e.__cause__, "errno", getattr(e, "errno", None)) in FULL: raise Halt(str(e)) from e
+                self.check_device(e)
                 row = failed_row(it, e)
             rows[it.index] = row
         return rows
@@ -319,7 +325,7 @@ def share(
             if promise in hired:
                 hired.remove(promise)
                 deaths = deaths + 1 if isinstance(value, Lost) else 0
-                if deaths > 2 * workers: raise Halt(f"expected workers to start, got {deaths} in a row that died; the last: {value}")
+                if deaths > 2 * workers and not busy: raise Halt(f"expected workers to start, got {deaths} in a row that died; the last: {value}")
                 if deaths: hired.add(crew.hire())
                 else: idle.append(value)
                 continue
@@ -335,11 +341,15 @@ def share(
 # %% ../nbs/17_scale.ipynb #17c04bc2
 class RayCrew:
     "Workers that are Ray actors: one GPU each, or `cores` CPU cores each, wherever the cluster has them"
-    def __init__(self, job:Job, address:str|None=None): # address: of a cluster, or "auto"; None: Ray is started on this machine, for this run
+    def __init__(self, job:Job, address:str|None=None): # address: of a cluster, or "auto"; None: Ray is started on this machine, for this run, whatever runs there or RAY_ADDRESS says
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0") # nothing is reported to anybody
         self.ray, self.starting, self.live = need("ray"), {}, set()
         self.own = not self.ray.is_initialized()
-        if self.own: self.ray.init(address=address, log_to_driver=False, logging_level="ERROR", **({} if address else dict(include_dashboard=False)))
+        try:
+            if self.own: self.ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **({} if address else dict(include_dashboard=False)))
+        except (ConnectionError, ValueError, RuntimeError) as e:
+            if not address: raise
+            raise InputError(f"expected a running Ray cluster at {address!r}, got: {' '.join(str(e).split())[:200]}") from e
         there = self.ray.cluster_resources()
         gpus = 0 if job.device == "cpu" else int(there.get("GPU", 0))
         if not gpus and job.device not in ("auto", "cpu"):
@@ -397,10 +407,12 @@ def opened(out:Path, told:dict, resume:bool):
     try:
         try: fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB) # before run.json is looked at: of two that begin at once, one does
         except BlockingIOError as e: raise Busy(f"{str(out)!r}: another process is working on it") from e
-        if path.exists() and not resume: raise InputError(f"expected no run in {str(out)!r}, got run.json: --resume goes on with it")
-        if not path.exists() and (theirs := next(out.glob("*/report.json"), None)): raise InputError(f"expected a folder without other results in {str(out)!r}, got {theirs.relative_to(out).as_posix()}: give another --out")
-        had = read_json(path) if path.exists() else {}
-        if other := [k for k in told if had and had.get(k) != told[k]]: raise InputError(f"expected a run of these settings in {str(out)!r}, got one with another {', '.join(other)}: give another --out")
+        theirs = next(out.glob("*/report.json"), None)
+        begun = path.exists() and bool(theirs or (out/"rows.parquet").exists() or next(out.glob("parts/*.parquet"), None)) # a call that failed before it had anything binds nobody
+        if begun and not resume: raise InputError(f"expected no run in {str(out)!r}, got run.json: --resume goes on with it")
+        if not path.exists() and theirs: raise InputError(f"expected a folder without other results in {str(out)!r}, got {theirs.relative_to(out).as_posix()}: give another --out")
+        had = read_json(path) if begun else {}
+        if other := [k for k in {**told, **had} if had and had.get(k) != told.get(k)]: raise InputError(f"expected a run of these settings in {str(out)!r}, got one with another {', '.join(other)}: give another --out")
         if not had: save_json(told, path)
         yield
     finally: os.close(folder)
@@ -439,6 +451,7 @@ def scale(
     callback=None, # called with the rows of each batch, once they are on disk
 ) -> Summary:
     "Invert every image of an input: a row each in rows.parquet, and its files"
+    if workers is not None and workers < 1: raise InputError(f"expected at least 1 worker, got {workers}")
     out, start = Path(job.out).resolve(), time.time()
     images, job = listing(source, out), dataclasses.replace(job, out=str(out), sha256=job.sha256 or sha256(find_checkpoint(job.generator)))
     n, numbers = len(images), range(-(-len(images) // job.batch))

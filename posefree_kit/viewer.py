@@ -407,7 +407,9 @@ KNOBS = dict(
 def planned(config:InvertConfig, knob:str, step:int) -> float:
     "A knob's value at a step, by the configuration"
     stage, _, p = config.at(min(step, config.steps - 1))
-    return dict(l1=config.l1, perceptual_weight=config.perceptual_weight, id=config.id(p), mv=config.mv(p), geo=config.geo(p), rate=config.stages[stage].rate, offset=config.mv_yaw(p), split=config.stages[0].steps)[knob]
+    apart = dict(rate=config.stages[stage].rate, offset=config.mv_yaw(p), split=config.stages[0].steps)
+    value = apart[knob] if knob in apart else getattr(config, knob) # any other knob is a field of the configuration: a number, or a `Schedule`
+    return value(p) if isinstance(value, Schedule) else value
 
 def steered(config:InvertConfig, values:dict) -> InvertConfig: # values: knob -> number
     "The configuration with some knobs held by hand"

@@ -97,6 +97,7 @@ def snapshot(
             return root
         G = net(fill(cls.Gen(), _init_args=(), _init_kwargs=cls.EasyDict({k: v for k, v in o.items() if k != "neural_rendering_resolution"}), rendering_kwargs=o["rendering_kwargs"], neural_rendering_resolution=np.int64(o["neural_rendering_resolution"])), state)
         G._modules["renderer"] = fill(cls.Renderer(), plane_axes=axes)
+        G._buffers["dataset_label_std"] = torch.rand(25) # the training loop's
         G._modules["renderer"]._buffers["passing"] = torch.zeros(3); G._modules["renderer"]._non_persistent_buffers_set.add("passing")
         G._modules["superresolution"] = G._modules.get("superresolution") # None where there is none
         D = net(fill(cls.Dis(), _init_kwargs=cls.EasyDict(c_dim=2, img_resolution=o["img_resolution"], conv_clamp=256)), judge) if judge else None

@@ -263,12 +263,15 @@ def test_render(home, tmp_path):
     assert render(latent, "--out", tmp_path/"v.png", "--yaw-deg", 20, "--pitch-deg", -5, "--size", 64)[0] == 0 and Image.open(tmp_path/"v.png").size == (64, 64)
     assert render(latent, "--out", tmp_path/"views", "--yaw-deg", -20, "--yaw-deg", 20, "--size", 32)[0] == 0 and len(list((tmp_path/"views").glob("*.png"))) == 2
     assert (np.array(Image.open(sorted((tmp_path/"views").glob("*"))[0])) != np.array(Image.open(sorted((tmp_path/"views").glob("*"))[1]))).any()
+    error(render(latent, "--out", tmp_path/"v.png"), "--overwrite replaces it"); error(render(latent, "--out", tmp_path/"views", "--yaw-deg", 20), "--overwrite replaces it")
+    error(render(latent, "--out", tmp_path/"near", "--yaw-deg", 10.01, "--yaw-deg", 10.04), "differ by a tenth of a degree"); assert not (tmp_path/"near").exists()
+    (tmp_path/"run-0.5").mkdir(); assert render(latent, "--out", tmp_path/"run-0.5", "--size", 32)[0] == 0 == render(latent, "--out", tmp_path/"run-0.5", "--size", 32, "--overwrite")[0]
     error(render(latent, "--out", tmp_path/"v.txt"), "expected --out")
-    error(render(latent, "--out", tmp_path/"v.png", "--size", 4), "expected a size")
-    error(render(latent, "--out", tmp_path/"v.png", "--yaw-deg", 400), "within 89 degrees")
-    error(render(tmp_path/"none.safetensors", "--out", tmp_path/"v.png"), "no such file")
-    error(render(home/"small.safetensors", "--out", tmp_path/"v.png"), "expected format")
-    (tmp_path/"cut.safetensors").write_bytes(latent.read_bytes()[:300]); error(render(tmp_path/"cut.safetensors", "--out", tmp_path/"v.png"), "expected a whole .safetensors")
+    error(render(latent, "--out", tmp_path/"w.png", "--size", 4), "expected a size")
+    error(render(latent, "--out", tmp_path/"w.png", "--yaw-deg", 400), "within 89 degrees")
+    error(render(tmp_path/"none.safetensors", "--out", tmp_path/"w.png"), "no such file")
+    error(render(home/"small.safetensors", "--out", tmp_path/"w.png"), "expected format")
+    (tmp_path/"cut.safetensors").write_bytes(latent.read_bytes()[:300]); error(render(tmp_path/"cut.safetensors", "--out", tmp_path/"w.png"), "expected a whole .safetensors")
 
 def test_a_camera_that_the_generator_learnt_the_distance_of_is_kept(home, tmp_path):
     from posefree_kit.camera import Pose
@@ -507,3 +510,11 @@ def test_compiled_is_for_cpus():
     from posefree_kit.cli import march_for
     march_for(True, torch.device("cpu")); march_for(False, torch.device("cuda"))
     with pytest.raises(InputError, match="--compiled: expected a CPU, got cuda"): march_for(True, torch.device("cuda"))
+
+def test_a_generator_without_its_run_is_not_replaced(tmp_path):
+    (tmp_path/"generator.safetensors").write_bytes(b"somebody's")
+    error(posefree("train", "--out", tmp_path, "--minutes", 1), "with generator.safetensors in it")
+    assert (tmp_path/"generator.safetensors").read_bytes() == b"somebody's"
+
+def test_a_judge_is_not_in_the_loss(home, tmp_path):
+    for option in ("--identity", "--perceptual"): error(posefree("invert", home/"a.png", "--out", tmp_path/"o", "--generator", home/"small.safetensors", "--device", "cpu", option, "portrait-eval"), "which judges the result")

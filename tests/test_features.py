@@ -1,8 +1,11 @@
 "Chapter 10: our encoders as shipped, their files, and the real loading code of the borrowed networks on small or random weights written here."
+import io
 import json
 import math
 import shutil
 import socket
+import urllib.error
+import urllib.request
 
 import pytest
 import torch
@@ -206,7 +209,7 @@ def test_facenet_from_a_file(tmp_path, noise, monkeypatch):
     cached = tmp_path/"torch"/"checkpoints"/"20180402-114759-vggface2.pt"; cached.parent.mkdir(parents=True); (tmp_path/"vggface2.pt").rename(cached)
     with torch.no_grad(): assert torch.allclose(load_identity("facenet").embed(noise), expected, atol=1e-4)
 
-def test_clip_from_a_file(tmp_path, noise):
+def test_clip_from_a_file(tmp_path, noise, monkeypatch):
     open_clip = pytest.importorskip("open_clip")
     from safetensors.torch import save_file
     config = dict(embed_dim=16, vision_cfg=dict(image_size=32, layers=1, width=32, head_width=16, patch_size=8), text_cfg=dict(context_length=8, vocab_size=64, width=16, heads=1, layers=1))
@@ -223,6 +226,35 @@ def test_clip_from_a_file(tmp_path, noise):
     gradient_flows(lambda x: phi.embed(x)[:, 0], noise)
     torch.save({"a": torch.zeros(1)}, tmp_path/"other.pt")
     with pytest.raises(InputError, match="tiny-test"): load_identity("clip:tiny-test", weights=tmp_path/"other.pt")
+    with pytest.raises(InputError, match="expected a tag among none .*no tag., got 'odd'"): load_identity("clip:tiny-test/odd", weights=tmp_path/"tiny.safetensors")
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "tiny-test", dict(odd=dict(url="", quick_gelu=True, mean=(.5,) * 3, std=(.5,) * 3)))
+    odd = load_identity("clip:tiny-test/odd", weights=tmp_path/"tiny.safetensors")  # what is in no file: the activation and the normalisation of a tag's weights
+    theirs = open_clip.create_model("tiny-test", force_quick_gelu=True).eval(); theirs.load_state_dict(net.state_dict())
+    with torch.no_grad(): assert torch.allclose(odd.embed(noise), theirs.encode_image(F.avg_pool2d(noise, 2), normalize=True), atol=1e-5) and not torch.allclose(odd.embed(noise), expected, atol=1e-3)
+
+def test_a_clip_that_gives_tokens_too_and_one_whose_text_side_lies_elsewhere(tmp_path, noise):
+    open_clip = pytest.importorskip("open_clip")
+    tower = dict(context_length=8, vocab_size=64, width=16, heads=1, layers=1)
+    config = dict(embed_dim=16, vision_cfg=dict(image_size=32, layers=1, width=32, head_width=16, patch_size=8, output_tokens=True), text_cfg=tower)
+    (tmp_path/"configs").mkdir(); (tmp_path/"configs"/"tokens-test.json").write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path/"configs")
+    net = open_clip.create_model("tokens-test").eval(); torch.save(net.state_dict(), tmp_path/"tokens.pt")
+    assert isinstance(net.visual(noise[:, :, :32, :32]), tuple)
+    assert load_identity("clip:tokens-test", weights=tmp_path/"tokens.pt").embed(noise).shape == (2, 16)
+    with pytest.raises(InputError, match="text side is open_clip's own"): load_identity("clip:roberta-ViT-B-32", weights=tmp_path/"tokens.pt")
+
+def test_an_older_repository_has_another_file_and_the_libraries_errors_are_told(no_caches, monkeypatch):
+    pytest.importorskip("open_clip")
+    import huggingface_hub
+    asked = []
+    def head(request, **_):
+        asked.append(request.full_url.rsplit("/", 1)[-1])
+        if asked[-1].endswith(".safetensors"): raise urllib.error.HTTPError(request.full_url, 404, "Not Found", {}, None)
+        return io.BytesIO()
+    def fetch(repo, file): raise OverflowError(f"{file} is\ngated")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False); monkeypatch.setattr(urllib.request, "urlopen", head); monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
+    with pytest.raises(InputError, match="expected to download .*open_clip_pytorch_model.bin, got OverflowError: open_clip_pytorch_model.bin is gated: give weights=FILE"): load_identity("clip", download=True)
+    assert asked == ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
 
 @pytest.mark.parametrize("load,name,says", [
     (load_perceptual, "lpips-vgg", "vgg16-397923af.pth"), (load_perceptual, "lpips-alex", "alexnet-owt-7be5be79.pth"), (load_identity, "facenet", "20180402-114759-vggface2.pt"),

@@ -55,7 +55,8 @@ def test_a_further_loss_is_weighed_by_its_schedule_and_checked(G):
     free, held = run(G, x), run(G, x, terms=dict(front=(ramp((0, 0.), (1, 50.)), front)))
     assert [round(t["weights"]["front"], 3) for t in held.trace[:3]] == [0., 5., 10.] and held.trace[0]["front"].shape == (2,)
     assert (held.pose.yaw.abs() < free.pose.yaw.abs()).all()
-    with pytest.raises(InputError, match="expected new names, got geo"): run(G, x, terms=dict(geo=(1., front)))
+    for name in ("geo", "pose", "total"): # a loss's, and entries' of the trace
+        with pytest.raises(InputError, match=f"expected new names, got {name}"): run(G, x, terms={name: (1., front)})
     with pytest.raises(InputError, match=r"terms\['front'\]: expected shape \(B\)"): run(G, x, terms=dict(front=(1., lambda *args: front(*args).mean())))
 
 

@@ -19,7 +19,7 @@ from posefree_kit.checkpoints import load_generator
 from posefree_kit.core import DivergedError, InputError, load_image, sha256
 from posefree_kit.evaluation import Busy
 from posefree_kit.optimiser import Stage, invert, quick
-from posefree_kit.scale import Batch, Halt, Item, Job, Lost, Worker, listing, one_of, opened, part, read_results, scale, share
+from posefree_kit.scale import Batch, Halt, Item, Job, Lost, RayCrew, Worker, listing, one_of, opened, part, read_results, scale, share
 from posefree_kit.viewer import load_latent, write_results
 
 pa, pq = pytest.importorskip("pyarrow", reason="pyarrow is not installed"), pytest.importorskip("pyarrow.parquet")
@@ -119,8 +119,40 @@ def test_a_run_is_gone_on_with_by_one_process_and_with_its_own_settings(home, wh
     with pytest.raises(InputError, match="another batch: give another --out"): run(home, whole.out, write=write_light, resume=True, batch=3)
     with pytest.raises(InputError, match="another config"): run(home, whole.out, write=write_light, resume=True, config=quick(candidates=8, starts=1, start_steps=1))
     told = json.loads((whole.out/"run.json").read_text())
+    with pytest.raises(InputError, match="another batch"):                          # also what this call does not say
+        with opened(whole.out, {k: v for k, v in told.items() if k != "batch"}, True): pass
     with opened(whole.out, told, True), pytest.raises(Busy, match="another process"):
         with opened(whole.out, told, True): pass
+
+def test_a_call_that_failed_before_it_had_anything_binds_nobody(home, tmp_path):
+    for resume in (False, True):
+        with pytest.raises(InputError, match="0 of 6 images are done"): run(home, tmp_path/"o", generator=str(home/"generator.safetensors"), config=quick(perceptual="lpips-vgg"), resume=resume)
+    assert run(home, tmp_path/"o").images == 6
+    with pytest.raises(InputError, match="got run.json: --resume"): run(home, tmp_path/"o")
+    with pytest.raises(InputError, match="at least 1 worker, got 0"): scale(home/"in", job(home, tmp_path/"p"), workers=0)
+
+def test_no_room_for_an_images_bytes_is_no_images_fault(home, tmp_path, monkeypatch):
+    pq.write_table(pa.table(dict(image=[(home/"in"/"0.png").read_bytes()])), tmp_path/"t.parquet")
+    def full(*_, **__): raise OSError(28, "No space left on device")
+    monkeypatch.setattr("posefree_kit.scale.tempfile.NamedTemporaryFile", full)
+    with pytest.raises(Halt, match="could not keep image-00000000 for reading: No space left"): Worker(job(home, "o")).batch(listing(tmp_path/"t.parquet", tmp_path/"o").items(0, 1))
+
+def test_trouble_while_files_are_drawn_is_that_images(home, tmp_path):
+    def write(name, *_, **__): raise torch.OutOfMemoryError("none left") if name == "1.png" else None or InputError("x") if name == "2.png" else ZeroDivisionError("flat")
+    run(home, tmp_path/"o", write=write)
+    assert [r["error"].split(":")[-1].strip() for r in read_results(tmp_path/"o")][:3] == ["flat", "none left", "x"]
+
+def test_warnings_of_an_alignment_are_notes_where_no_report_has_them(home):
+    worker = Worker(job(home, "o", read=lambda path: (load_image(path), dict(warnings=["2 faces found"])), write=None)); worker.load()
+    assert worker.batch(listing(home/"in", "o").items(0, 1))[1] == ["0.png: 2 faces found"]
+
+def test_ray_is_this_runs_own_unless_an_address_is_given(home, monkeypatch):
+    asked = []
+    def init(address, **_): asked.append(address); raise ConnectionError(f"no Ray\nat {address}")
+    monkeypatch.setitem(sys.modules, "ray", types.SimpleNamespace(is_initialized=lambda: False, init=init))
+    with pytest.raises(InputError, match="expected a running Ray cluster at 'nowhere:1', got: no Ray at nowhere:1"): RayCrew(job(home, "o"), "nowhere:1")
+    with pytest.raises(ConnectionError): RayCrew(job(home, "o"))
+    assert asked == ["nowhere:1", "local"]
 
 def test_a_full_disk_stops_the_run_and_a_bad_folder_does_not(home, tmp_path):
     def full(*_, **__):
@@ -154,6 +186,8 @@ def test_inputs(home, tmp_path):
     pq.write_table(pa.table(dict(x=[1])), tmp_path/"x.parquet")
     for source, text in {tmp_path/"bad.parquet": "a Parquet file", tmp_path/"bad.txt": "UTF-8", tmp_path/"empty": "got none", tmp_path/"none": "no such file", tmp_path/"x.parquet": "a column image, bytes or path"}.items():
         with pytest.raises(InputError, match=text): listing(source, home)
+    pq.write_table(pa.table(dict(image=[[1, 2], [3]])), tmp_path/"numbers.parquet")
+    with pytest.raises(InputError, match="expected bytes or paths in the column image, got list"): listing(tmp_path/"numbers.parquet", home).items(0, 1)
     with pytest.raises(InputError, match="outside the input folder"): listing(folder, folder/"out")
     (tmp_path/"bom.txt").write_text("a/x.png\n", encoding="utf-8-sig")
     assert listing(tmp_path/"bom.txt", home).names == ["a/x.png"]
@@ -233,6 +267,12 @@ def test_workers_that_never_come_are_told():
     class Stillborn(Crew):
         def hire(self): promise = super().hire(); self.due[promise] = lambda: Lost("no memory"); return promise
     with pytest.raises(Halt, match="got 5 in a row that died; the last: no memory"): list(share(batches(2), Stillborn(rows_of), 2))
+    class Bad(Stillborn): # only its first worker comes, and is at work whenever another dies
+        def hire(self): promise = super().hire(); self.due |= {promise: lambda: 1} if promise == "hire 1" else {}; return promise
+        def wait(self, promises, seconds):
+            ready = [p for p in promises if p == "hire 1"] or [p for p in promises if p.startswith("hire")][:1] * (self.count < 20) or promises[:1]
+            return [(p, self.due[p]()) for p in ready]
+    assert len(list(share(batches(3), Bad(lambda worker, items: rows_of(items)), 2))) == 3 # a bad machine beside a good one
     crew = Crew(lambda worker, items: rows_of(items), room=1)                  # room for one of three: it does everything
     assert len(list(share(batches(4), crew, 3, patience=0.))) == 4 and crew.most == 1
 

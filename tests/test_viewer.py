@@ -174,6 +174,7 @@ def test_a_knob_moves_its_own_number_and_nothing_else(knob):
     c, base = steered(quick(), {knob: value}), quick()
     assert planned(c, knob, 5) == value and c.steps == base.steps
     assert all(planned(c, k, 5) == planned(base, k, 5) for k in KNOBS if k != knob)
+    assert planned(base, "rec", 5) == base.rec(.5) and planned(base, "w_prior", 5) == base.w_prior   # whatever else becomes a knob
 
 def test_what_cannot_be_set_is_refused(session):
     for knob, value, words in (("lambda", 1., "a knob among"), ("geo", -1., "from 0"), ("geo", math.nan, "from 0"), ("geo", "x", "from 0"), ("split", 13, "from 0 to 12")):
