@@ -319,9 +319,8 @@ def fill_official(G:PoseFreeGenerator, state:dict, where:str) -> PoseFreeGenerat
 def check_official(G:PoseFreeGenerator, state:dict, where:str): # G: may be without memory (torch's `meta` device)
     "Every official tensor has its place, every place its tensor, of its shape and of finite numbers"
     own = {official_name(k): v for k, v in G.state_dict().items()}
-    fixed = lambda k: k.split(".")[-1] == "resample_filter"
+    fixed, tap = lambda k: k.split(".")[-1] == "resample_filter", torch.tensor([1., 3, 3, 1]) / 8
     rest = {k: v for k, v in state.items() if not fixed(k) and k != "dataset_label_std"} # the latter: training's loop hangs the spread of its labels on the generator
-    tap = torch.tensor([1., 3, 3, 1]) / 8
     bad = [k for k, v in state.items() if fixed(k) and (v.shape != (4, 4) or not torch.allclose(v.float(), torch.outer(tap, tap), atol=1e-6))]
     if any("bg_nerf" in k for k in rest): raise InputError(f"{where}: expected a generator alone, got one with a background NeRF (backbone.bg_nerf): a second field outside the box, which this kit does not have")
     wrong = [f"{k} {tuple(rest[k].shape)} instead of {tuple(own[k].shape)}" for k in sorted(own.keys() & rest.keys()) if rest[k].shape != own[k].shape]

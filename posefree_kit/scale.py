@@ -228,7 +228,7 @@ class Worker:
                 seen[it.index] = self.look(it)
                 if not self.job.write: notes += [f"{it.name}: {text}" for text in (seen[it.index][1] or {}).get("warnings", ())] # else its report has them
             except (InputError, OSError) as e:
-                if getattr(e, "errno", None) in FULL: raise Halt(f"could not keep {it.name} for reading: {e.strerror}") from e
+                if getattr(e, "errno", None) in FULL: raise Halt(f"could not keep {it.name} for reading: {getattr(e, 'strerror', e)}") from e
                 rows[it.index] = failed_row(it, e)
         good = [it for it in items if it.index in seen]
         if good: rows |= self.attempt(good, seen, notes)

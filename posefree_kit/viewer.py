@@ -418,7 +418,7 @@ def steered(config:InvertConfig, values:dict) -> InvertConfig: # values: knob ->
         elif knob == "offset": change = dict(mv_yaw=constant(v), mv_pitch=constant(v / 2))
         elif knob == "rate": change = dict(stages=tuple(dataclasses.replace(s, rate=v) for s in config.stages))
         elif knob == "split": change = dict(stages=tuple(dataclasses.replace(s, steps=n) for s, n in zip(config.stages, (v, config.steps - v))))
-        else: change = {knob: constant(v)}
+        else: change = {knob: constant(v) if isinstance(getattr(config, knob), Schedule) else v}
         config = dataclasses.replace(config, **change)
     return config
 
