@@ -443,6 +443,7 @@ def encoder(
     t0 = time.time()
     nets, target = prepare(image, generator, config, psi, phi)
     state = encode(net or load_latent_encoder(generator), target, config)
+    state.w.cpu() # a device is waited for, before the time is taken
     return result(nets, config, state, dict(method="encoder", seconds=round(time.time() - t0, 2), steps=0, start_scores=None))
 
 def encoder_latent(

@@ -155,8 +155,9 @@ def claim(path:Path, job:Job) -> Path: # the folder of an image's results
     from posefree_kit.viewer import FILES
     stem = path.stem if path.stem not in (".", "..", "") else path.name
     folder = job.out/stem
-    if folder in job.taken: raise InputError(f"expected images of different names, got {path.name!r} again: its results would go to the folder of {str(job.taken[folder])!r}")
-    job.taken[folder] = path
+    where = str(folder).lower() # some file systems do not tell A from a
+    if where in job.taken: raise InputError(f"expected images of different names, got {path.name!r} again: its results would go to the folder of {str(job.taken[where])!r}")
+    job.taken[where] = path
     if folder.exists() and folder.resolve().parent != job.out.resolve(): raise InputError(f"expected a folder inside {str(job.out)!r}, got {str(folder)!r}, which leads to {str(folder.resolve())!r}")
     there = [n for n in FILES if (folder/n).exists()]
     if there and not (job.resume or job.overwrite): raise InputError(f"expected no results in {str(folder)!r}, got {', '.join(there[:3])}{' ...' if len(there) > 3 else ''}: --resume skips what is done, --overwrite makes it again")
@@ -778,6 +779,6 @@ def _networks() -> list: # borrowed ones: used only when asked for, so missing i
 
 def _try(what, f, otherwise):
     try: return what, f(), "ok"
-    except Exception as e: return what, " ".join(str(e).split()).replace(str(Path.home()), "~").removeprefix(f"{what}: "), otherwise
+    except Exception as e: return what, " ".join(str(e).split()).replace(os.path.expanduser("~"), "~").removeprefix(f"{what}: "), otherwise
 
 if __name__ == "__main__" and __spec__: app() # python -m posefree_kit.cli, which is what `accelerate launch -m` begins

@@ -41,6 +41,7 @@ class Judgement(NamedTuple):
 # %% ../nbs/07_discriminator.ipynb #afee7f1b
 class Discriminator(nn.Module):
     "Image (and pose) to a score, and image to a pose, in one forward pass"
+    unit:Tensor
     pose_mean:Tensor; pose_gain:Tensor; old_rgb:Conv|None
     def __init__(self, config:DiscriminatorConfig=DiscriminatorConfig()):
         super().__init__()
@@ -53,11 +54,9 @@ class Discriminator(nn.Module):
         self.last, self.features, self.real = Conv(ch[-1] + 1, ch[-1]), Linear(flat, d, lrelu), Linear(d, 1)
         self.embed_pose = nn.Sequential(Linear(2, d, lrelu), Linear(d, d, lrelu), Linear(d, d)) if c.pose_conditioned else None
         self.register_buffer("pose_mean", torch.zeros(2)); self.register_buffer("pose_gain", torch.ones(2)) # of readings of real images (see `calibrated`); training sets them
+        self.register_buffer("unit", torch.deg2rad(torch.tensor(c.pose_unit_deg)), persistent=False) # radians; made once: a GPU would wait for it at each call, and a recorded step may not copy
         self.condition = 1. # how much the pose counts; training starts with less
         self.old_rgb, self.fade = None, 1. # while growing: the smaller network's first layer, and how far the new one is in
-
-    @property
-    def unit(self) -> Tensor: return torch.deg2rad(torch.tensor(self.config.pose_unit_deg, device=self.real.weight.device))
 
     def layers(self, image:Tensor) -> list: # (B, 3, R, R) -> (B, C, R, R), (B, C, R / 2, R / 2) ... (B, C, 4, 4)
         "What the convolutions see, from the picture down to 4 x 4; while growing, a blend of the old way in and the new"

@@ -114,7 +114,7 @@ def depth_error(
     "Correlation of depth inside the mask, and root mean square error after the best shift and the best scale from 0 on"
     out = dict(depth_corr=[], depth_rmse=[])
     for d, t, m in zip(depth, truth, mask > .5):
-        x, y = d[m].double(), t[m].double()
+        x, y = d[m].cpu().double(), t[m].cpu().double() # not every device has them
         xc, yc = x - x.mean(), y - y.mean()
         r = (xc * yc).sum() / (xc.norm() * yc.norm()).clamp(min=1e-9)
         scale = ((xc * yc).sum() / xc.square().sum().clamp(min=1e-9)).clamp(min=0)  # a hollow face is no face behind a mirror
@@ -170,7 +170,7 @@ def train_oracle(path:Path|str, people:int=12000, steps:int=4000, seed:int=0, pr
     first = 5_000_000
     sets = [portrait_batch(torch.arange(i, i + 50), 32) for i in tqdm(range(first, first + people, 50), disable=not progress, desc="portraits")]
     image, pose, g = torch.cat([s.image for s in sets]), torch.cat([s.pose.stack() for s in sets]), rng(seed)
-    with torch.random.fork_rng([]): torch.manual_seed(seed); net = PoseOracle()
+    with torch.random.fork_rng([]): torch.default_generator.manual_seed(seed); net = PoseOracle() # not `torch.manual_seed`: it seeds GPUs too, which nobody puts back
     opt = torch.optim.Adam(net.parameters(), 2e-3)
     for step in tqdm(range(steps), disable=not progress, desc="oracle"):
         opt.param_groups[0]["lr"] = 2e-3 * .5 * (1 + math.cos(math.pi * step / steps))

@@ -163,7 +163,7 @@ class Trainer:
     "An encoder, one direction a person, and the optimiser of both"
     def __init__(self, config:EncoderConfig, training:EncoderTraining, people:int, start:dict|None=None):
         with torch.random.fork_rng([]):
-            torch.manual_seed(training.seed)
+            torch.default_generator.manual_seed(training.seed)
             self.net, self.people = PortraitEncoder(config), nn.Parameter(torch.randn(people, config.dim) * .01)
         if start: self.net.load_state_dict(start)
         self.net.to(memory_format=torch.channels_last)
@@ -376,11 +376,12 @@ def verify(
     size:int=64, # pixels a side
     family:int=1, # more than 1: so many are siblings, who share hair, skin, glasses and beard; auc and different compare siblings only, top1 searches all
     dress:bool=True, # other clothes in each picture
+    device="cpu", # of `embed`
 ) -> dict: # auc, same and different (mean cosines), top1, people, first_seed
     "Same person or not, across poses, and who is it?"
     seeds = list(seeds)
     image = decode(photograph(render, seeds, 4, size, yaw=YAWS, pitch=PITCHES, family=family, dress=dress)).flatten(0, 1)
-    z = torch.cat([embed(x).cpu() for x in image.split(64)])
+    z = torch.cat([embed(x.to(device)).cpu() for x in image.split(64)])
     who = torch.arange(len(seeds)).repeat_interleave(4)
     cos, same, pair = z @ z.T, who[:, None] == who, torch.ones(len(z), len(z)).triu(1).bool()
     related = who[:, None] // family == who // family if family > 1 else torch.ones_like(pair)

@@ -11,7 +11,7 @@ __all__ = ['AXES', 'SUPERRESOLUTION', 'MARCH', 'FLAGS', 'sample_planes_plain', '
            'pof3d_config']
 
 # %% ../nbs/05_generator.ipynb #761775fb
-import ctypes, functools, hashlib, itertools, math, os, platform, shutil, subprocess
+import ctypes, functools, hashlib, itertools, math, os, platform, re, shlex, shutil, subprocess
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -348,22 +348,26 @@ def read_field(decoder:Decoder, config:GeneratorConfig, table:Table, xyz:Tensor)
 # %% ../nbs/05_generator.ipynb #3b5513e8
 MARCH = (Path(__file__).parent if "__file__" in globals() else Path("../posefree_kit")).resolve()/"assets"/"march.cpp"
 FLAGS = ( # not -ffast-math: loading what it makes would flush subnormal numbers to zero in the whole process
-    "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-freciprocal-math", "-ffinite-math-only", "-shared", "-fPIC")
+    "-std=gnu++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-freciprocal-math", "-ffinite-math-only", "-shared", "-fPIC")
 
 class MarchField(ctypes.Structure):
     "The constants of a scene, in the order of `struct Field`"
     _fields_ = [("h", ctypes.c_int), ("w", ctypes.c_int), ("axes", ctypes.c_int * 6), *((k, ctypes.c_float) for k in ("box", "ball", "radius", "scale"))]
 
+def _processor() -> tuple: # of words that tell one from another: what is built for this one may not run on the next
+    told = Path("/proc/cpuinfo").read_text(errors="replace").split("\n\n")[0].splitlines() if Path("/proc/cpuinfo").exists() else [platform.processor()]
+    return platform.machine(), *(line for line in told if not re.match(r"processor|cpu MHz|bogomips|apicid|initial apicid|core id|physical id", line))
+
 @functools.cache
 def march_library(): # -> ctypes.CDLL
     "Build march.cpp with $CXX or c++, once for this machine (kept in $XDG_CACHE_HOME or ~/.cache)"
     compiler, source = os.environ.get("CXX", "c++"), MARCH.read_bytes()
-    key = hashlib.sha256(source + repr((compiler, FLAGS, platform.node(), platform.machine())).encode()).hexdigest()[:16]
-    path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home()/".cache")/"posefree_kit"/f"march-{key}.so"
+    key = hashlib.sha256(source + repr((compiler, FLAGS, platform.node(), *_processor())).encode()).hexdigest()[:16]
+    path = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))/"posefree_kit"/f"march-{key}.so"
     try:
         if not path.exists():
-            if not shutil.which(compiler): raise OSError("no such program")
-            with whole_file(path) as tmp: subprocess.run([compiler, *FLAGS, "-o", str(tmp), str(MARCH)], check=True, capture_output=True, text=True)
+            if not shutil.which(shlex.split(compiler)[0]): raise OSError("no such program")
+            with whole_file(path) as tmp: subprocess.run([*shlex.split(compiler), *FLAGS, "-o", str(tmp), str(MARCH)], check=True, capture_output=True, text=True)
         return ctypes.CDLL(str(path))
     except (OSError, subprocess.CalledProcessError) as e:
         why = (getattr(e, "stderr", "") or str(e)).strip().splitlines()
@@ -491,7 +495,7 @@ class Generator(nn.Module):
     ) -> View:
         "Render planes from a pose; differentiable in both"
         if self.config.march == "eg3d": return render_eg3d(self, planes, pose, size, jitter, intrinsics, generator)
-        size, b = size or self.config.render_resolution, len(planes.w_last)
+        size, b, pose = size or self.config.render_resolution, len(planes.w_last), pose.to(planes.w_last.device)
         if len(pose) % b: raise InputError(f"render: expected as many poses as latents (or a multiple), got {len(pose)} poses and {b} latents")
         w = planes.w_last if b == 1 else planes.w_last.repeat_interleave(len(pose) // b, 0) # one style for all views of one latent
         c2w, k = self.camera(pose)
@@ -541,7 +545,7 @@ def render_eg3d(
     noise:tuple|None=None, # random numbers of the samples: coarse (poses, rays, samples), fine (poses, rays, fine_samples), in [0, 1]
 ) -> View:
     "Render by the rules of published generators"
-    c, size, b = G.config, size or G.config.render_resolution, len(planes.w_last)
+    c, size, b, pose = G.config, size or G.config.render_resolution, len(planes.w_last), pose.to(planes.w_last.device)
     if len(pose) % b: raise InputError(f"render: expected as many poses as latents (or a multiple), got {len(pose)} poses and {b} latents")
     w = planes.w_last if b == 1 else planes.w_last.repeat_interleave(len(pose) // b, 0) # one style for all views of one latent
     k = G.camera(pose)[1] if intrinsics is None else intrinsics

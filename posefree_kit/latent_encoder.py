@@ -58,7 +58,7 @@ def fresh_encoder(
     c = LatentEncoderConfig(w_dim=G.config.w_dim, look_dim=G.config.look_dim, num_ws=G.num_ws)
     new = c.num_ws - start.config.num_ws if start is not None and same_w else 0
     if start is not None and (new < 0 or replace(start.config, num_ws=start.config.num_ws + new) != c): raise InputError(f"start: expected an encoder of the shape {c}, got {start.config}")
-    with torch.random.fork_rng([]): torch.manual_seed(seed); net = LatentEncoder(c)
+    with torch.random.fork_rng([]): torch.default_generator.manual_seed(seed); net = LatentEncoder(c)
     with torch.no_grad():
         for name, x in start.state_dict().items() if start is not None else ():
             net.state_dict()[name].copy_(torch.cat([x, *[x[-c.look_dim:]] * new]) if name.startswith("deltas.") else x)

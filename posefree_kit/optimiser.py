@@ -258,6 +258,11 @@ class InvertState:
         new = InvertState(self.w, self.d, None if self.free is None else self.free.copy(), self.searched)
         new.step, new.trace, new.adam, new.before, new.trouble = self.step, list(self.trace), _copied(self.adam), self.before, self.trouble
         return new
+    def to(self, device): # itself; a file's may lie elsewhere
+        move = lambda x: None if x is None else x.to(device)
+        self.w, self.d, self.adam = move(self.w), move(self.d), self.adam and {k: [x.to(device) for x in v] if isinstance(v, list) else v for k, v in self.adam.items()}
+        if self.free: self.free.angles, self.free.adam = move(self.free.angles), self.free.adam and {k: [x.to(device) for x in v] if isinstance(v, list) else v for k, v in self.free.adam.items()}
+        return self
     def here(self) -> tuple: return self.step, self.w, self.d, _copied(self.adam), None if self.free is None else self.free.copy()
     def back(self) -> bool: # one step back, if one was made
         if self.before is None: return False
@@ -373,7 +378,7 @@ def invert(
             w, starts, lost = search_start(nets, target, config)
             state = InvertState(w, searched=lost)
         elif state.d is not None and config.space == "w": raise InputError("state: expected one without deltas in the space w, got deltas")
-        else: state = state.copy()
+        else: state = state.copy().to(target.device)
         first = state.step
         run(nets, target, config, state, callback, terms)
     return result(nets, config, state, dict(seconds=round(time.time() - t0, 2), steps=state.step - first, start_scores=None if starts is None else starts.tolist()))

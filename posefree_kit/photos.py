@@ -168,8 +168,9 @@ class Aligned:
 def _look_again(image, points, device): # the detector is best on upright faces: level a tilted one, find it there, and bring the points back
     centre, side, roll = similarity(points)
     if abs(roll) < math.radians(5): return points
-    again = find_faces(cut_out(image, centre, side * 1.2, roll, 256)[0], device=device)
-    return ((again[0].landmarks + .5) / 256 - .5) * side * 1.2 @ rotation(roll).T + centre if again else points
+    off = lambda f: float((f.landmarks.mean(0) - 127.5).norm()) # a neighbour may be in the crop, and larger: the face that it was levelled for is in the middle
+    again = min(find_faces(cut_out(image, centre, side * 1.2, roll, 256)[0], device=device), key=off, default=None)
+    return ((again.landmarks + .5) / 256 - .5) * side * 1.2 @ rotation(roll).T + centre if again and off(again) < 64 else points
 
 CHOICES = {"largest": lambda f: -f.area, "surest": lambda f: -f.probability, "leftmost": lambda f: f.box[0], "rightmost": lambda f: -f.box[2]}
 

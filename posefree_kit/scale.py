@@ -356,7 +356,7 @@ class RayCrew:
             if self.own: self.ray.shutdown()
             raise InputError(f"expected a cluster with GPUs for the device {job.device!r}, got one without: --device auto or cpu")
         self.gpu, self.room = gpus > 0, gpus or int(there.get("CPU", 0) // job.cores) # workers for whom there is room now
-        self.job = job if gpus else dataclasses.replace(job, device="cpu")
+        self.job = dataclasses.replace(job, device="cuda" if gpus and job.device != "auto" else "auto" if gpus else "cpu") # an actor sees its own GPU alone, as number 0
         self.actor = self.ray.remote(Worker).options(num_cpus=job.cores, num_gpus=int(self.gpu), max_restarts=0, max_task_retries=0)
     def hire(self):
         actor = self.actor.remote(self.job)

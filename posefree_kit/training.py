@@ -57,7 +57,7 @@ class UnposedImages:
     @classmethod
     def folder(cls, path, size:int, **kwargs): # image files, or .npy files of (N, 3, R, R) uint8
         "The images of a folder, made `size` x `size`; unreadable files are an error, not a gap"
-        files = sorted(p for p in Path(path).glob("*") if p.suffix.lower() in {".npy", *image_suffixes()})
+        files = sorted(p for p in Path(path).glob("*") if p.suffix.lower() in {".npy", *image_suffixes()} and p.name[0] != ".")
         if not files: raise InputError(f"expected a folder with images, got {str(path)!r}, which holds none")
         bytes_ = lambda x: ((resize(x, size) + 1) * 127.5).round().clamp(0, 255).byte()
         def stack(p): # of a .npy file
@@ -196,6 +196,7 @@ class Processes:
         if all(int(os.environ.get(k, 1)) < 2 for k in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")): return cls()
         try: from accelerate import PartialState
         except ImportError as e: raise InputError("several processes: expected the package accelerate (pip install 'posefree_kit[scale]'), which is not there") from e
+        if ":" in str(device): raise InputError(f"several processes: expected a device without a number (each takes its own), got {device}")
         p = PartialState(cpu=str(device) == "cpu")
         return cls(p.process_index, p.num_processes)
 
@@ -307,7 +308,7 @@ def new_state(generator:GeneratorConfig, discriminator:DiscriminatorConfig, conf
     "Fresh networks, from the configuration's seed"
     if generator.resolution != discriminator.resolution: raise InputError(f"expected generator and discriminator of one resolution, got {generator.resolution} and {discriminator.resolution}")
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+        torch.default_generator.manual_seed(config.seed) # the CPU's alone: `torch.manual_seed` would seed GPUs too, which nobody puts back
         G, D = PoseFreeGenerator(generator).start(config.seed), Discriminator(discriminator)
     return make_state(G.to(device), D.to(device), config)
 
@@ -645,7 +646,7 @@ def grow(small:TrainState, g_channels:int, d_channels:int, config:TrainConfig) -
     if small.D.old_rgb is not None and small.kimg < small.config.fade_kimg: raise InputError(f"grow: expected a run whose last new layer is fully in, got one at {small.kimg:.1f} of {small.config.fade_kimg:g} kimg: train it further")
     big_config = dataclasses.replace(c, channels=tuple(c.channels) + (g_channels,), render_resolution=2 * c.render_resolution)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed + 1)
+        torch.default_generator.manual_seed(config.seed + 1)
         G, D = PoseFreeGenerator(big_config).to(small.device), grow_discriminator(small.D, d_channels)
     missing = G.load_state_dict(small.ema.state_dict(), strict=False)
     new = f"synthesis.blocks.{len(c.channels)}."
@@ -680,7 +681,7 @@ def widen(G:PoseFreeGenerator, channels:tuple, look_dim:int, seed:int=0) -> Pose
     config = dataclasses.replace(c, channels=tuple(channels), z_dim=look_dim + c.view_dim, w_dim=look_dim + c.view_dim)
     if len(channels) != len(c.channels) or any(a > b for a, b in zip((c.look_dim, *c.channels), (look_dim, *channels))): raise InputError(f"widen: expected at least {c.look_dim} numbers and channels {c.channels}, got {look_dim} and {tuple(channels)}")
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         H = PoseFreeGenerator(config)
     old = G.state_dict()
     for name, x in H.state_dict().items():

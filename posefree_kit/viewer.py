@@ -40,6 +40,7 @@ def look(
     "Pictures for the eye: volume renderings at `size`, or super-resolved ones resized"
     plain = generator.config.superresolution == "none"
     with torch.no_grad():
+        batch = max(1, min(batch, batch * 512 ** 2 // size ** 2)) # large ones would not fit into a small GPU together
         views = [generator.render(planes, pose[i:i + batch], size=size if plain else None).rgb for i in range(0, len(pose), batch)]
     x = torch.cat(views).clamp(-1, 1)
     return x if x.shape[-1] == size else F.interpolate(x, (size, size), mode="bilinear", antialias=True)
@@ -709,12 +710,13 @@ def write_results(
     comparison(image, generator, ws, pose, folder/"comparison.png", title=Path(name).name)
     save_depth(inversion.view, folder/"depth.png")
     if aligned: save_image(image, folder/"aligned.png")
-    if film: turntable(generator, ws, folder/"turntable.mp4", radius=pose.radius)
+    save_latent(inversion, config, folder/"latent.safetensors", image=name, aligned=aligned, asked=asked) # what took minutes comes before what is drawn of it
+    try: film and turntable(generator, ws, folder/"turntable.mp4", radius=pose.radius)
+    except RuntimeError as e: note(f"{name}: {' '.join(str(e).split())[:200]}; no turntable.mp4") # imageio's, where its ffmpeg does not run
     try: info = mesh(generator, ws, folder/"mesh.glb") if solid else None
     except InputError as e: note(f"{name}: {e}; no mesh.glb")
     else:
         if info and not info.watertight: note(f"{name}: the mesh is not closed")
-    save_latent(inversion, config, folder/"latent.safetensors", image=name, aligned=aligned, asked=asked)
     save_json(report, folder/"report.json")
     return report
 
@@ -762,7 +764,7 @@ def panel(session:Session): # the matplotlib Figure
     _depth(top, axes[4], view._replace(rgb=view.rgb[:1], rgb_raw=view.rgb_raw[:1], depth=view.depth[:1], weight=view.weight[:1]))
     loss, turn_, knobs = bottom.subplots(1, 3, width_ratios=(1.4, 1, 1))
     _loss_axes(loss, session.state.trace)
-    poses = torch.rad2deg(torch.cat([t["pose"] for t in session.state.trace])) if session.state.trace else pose.degrees()
+    poses = torch.rad2deg(torch.cat([t["pose"] for t in session.state.trace])) if session.state.trace else pose.degrees().cpu()
     for i, name in enumerate(("yaw", "pitch")): turn_.plot(poses[:, i], label=name, color=("#0072B2", "#D55E00")[i])
     turn_.set(xlabel="step", title="pose, degrees"); turn_.legend(fontsize=8, frameon=False)
     for k in ("id", "mv", "geo"):
@@ -1031,9 +1033,9 @@ def depth_against(
     inside = F.interpolate(mask, (h, h), mode="area") > .99 # whole pixels only: no depth is mixed across the border
     true = F.interpolate(truth * mask, (h, h), mode="area")
     if int(inside.sum()) < 2: raise InputError("depth_against: expected a mask with at least two pixels inside, got fewer")
-    x, y = depth[inside].double(), true[inside].double()
+    x, y = depth[inside].cpu().double(), true[inside].cpu().double() # not every device has them
     scale = ((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum().clamp(min=1e-12)
-    fitted = ((depth.double() - x.mean()) * scale + y.mean()).float()
+    fitted = ((depth.cpu().double() - x.mean()) * scale + y.mean()).float().to(depth)
     return fitted, torch.where(inside, fitted - true, torch.nan), torch.where(inside, true, torch.nan)
 
 def against_truth(view, pose:Pose, config, portrait, limit:int=48) -> list: # three `Surface`s: truth, estimate, its error

@@ -140,3 +140,30 @@ def test_an_ending_is_appended_once():
     names = lambda *paths: [ending(p, ".json").as_posix() for p in paths]
     assert names("run", "run.json", "a/run-0.5", "run.safetensors") == ["run.json", "run.json", "a/run-0.5.json", "run.safetensors.json"]
     assert [p.name for p in report_paths("cpu-2.8")] == ["cpu-2.8.json", "cpu-2.8.md"] == [p.name for p in report_paths("x/cpu-2.8.md")]
+
+
+def test_a_turned_photograph_with_a_tag_that_cannot_be_written_is_read(tmp_path):
+    from PIL import Image
+    exif = Image.Exif(); exif[0x0112] = 6; exif[0x011A] = 72.
+    picture = Image.new("RGB", (6, 4)); picture.putpixel((0, 0), (255, 255, 255)); picture.save(tmp_path/"a.png", exif=exif)
+    x = load_image(tmp_path/"a.png")
+    assert x.shape[-2:] == (6, 4) and x[0, :, 0, 3].min() > .9                       # what was at the left is at the top, on the right
+    from posefree_kit import core
+    bad = Image.Exif(); bad._loaded = True; bad._data = {0x0112: 3, 0x0213: 70000}
+    odd = Image.new("RGB", (2, 1)); odd.putpixel((0, 0), (255, 0, 0)); odd._exif = bad; odd.info["exif"] = b"x"
+    assert core._upright(odd).getpixel((1, 0)) == (255, 0, 0)
+
+def test_colours_of_a_profile_are_brought_to_srgb(tmp_path):
+    from PIL import Image, ImageCms
+    lab = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    Image.new("RGB", (2, 2), (200, 30, 90)).save(tmp_path/"same.png", icc_profile=lab)
+    Image.new("RGB", (2, 2), (200, 30, 90)).save(tmp_path/"broken.png", icc_profile=b"no profile")
+    plain = torch.tensor([200., 30, 90]) / 127.5 - 1
+    for name in ("same", "broken"): assert torch.allclose(load_image(tmp_path/f"{name}.png")[0, :, 0, 0], plain, atol=1e-6)
+    odd = lab.replace("sRGB".encode("utf-16-be"), "odd!".encode("utf-16-be")).replace(b"rXYZ", b"?XYZ").replace(b"gXYZ", b"rXYZ").replace(b"?XYZ", b"gXYZ") # red is green there
+    for mode, extra in (("RGB", ()), ("RGBA", (255,))):
+        Image.new(mode, (2, 2), (200, 30, 90, *extra)).save(tmp_path/"odd.png", icc_profile=odd)
+        assert torch.allclose(load_image(tmp_path/"odd.png")[0, :, 0, 0], plain[[1, 0, 2]], atol=.03)
+    from posefree_kit import core
+    wide = Image.new("RGBA", (2, 2), (200, 30, 90, 77)); wide.info["icc_profile"] = ImageCms.ImageCmsProfile(ImageCms.createProfile("XYZ")).tobytes()
+    assert core._srgb(wide) is wide                                                  # a profile of another kind than the picture: the numbers as they stand

@@ -319,8 +319,10 @@ def test_a_method_has_one_name_however_its_space_was_asked_for():
     assert [named(dict(method=m, space=s)) for m, s in (("latent", "w+"), ("latent:w+", "w+"), ("latent", "w"), ("latent:w", "w"), ("encoder+latent", "w+"))] == ["latent", "latent", "latent:w", "latent:w", "encoder+latent"]
     assert named(dict(method="truth")) == "truth" and named(dict(method="mine:w")) == "mine:w"    # what others call theirs
 
-def test_a_judge_that_the_loss_uses_is_left_out(monkeypatch):
+def test_a_judge_that_the_loss_uses_is_left_out(monkeypatch, tmp_path):
     from posefree_kit import features
+    there = tmp_path/features.BACKBONES["lpips-alex"].folder/features.BACKBONES["lpips-alex"].file
+    there.parent.mkdir(parents=True); there.touch(); monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(features, "load_perceptual", lambda name, **_: SimpleNamespace(name=name))   # LPIPS as if its weights were here
     assert load_judges(domain="other").lpips.name == "lpips-alex" and load_judges(domain="other", used="lpips-alex").lpips is None and load_judges(domain="other", used="lpips-vgg").lpips
 

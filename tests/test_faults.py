@@ -18,7 +18,7 @@ from PIL import Image
 
 sys.path.append(str(Path(__file__).resolve().parent/"fuzz"))
 
-from fuzz import fuzz, now_mb, peak_mb
+from fuzz import forget, fuzz, now_mb, peak_mb
 from small import D8, G8, G16, corpus
 from test_official import Call, torch_bytes
 
@@ -50,7 +50,7 @@ def warm(tmp_path_factory):
 @contextlib.contextmanager
 def harmless(megabytes=300., seconds=60.):
     "Neither runs anything, nor takes much memory or time: of the processor, and ten times what a slow one needed, since what swells without bound asks for hours"
-    Path("/proc/self/clear_refs").write_text("5")
+    forget()
     before, start, seen = now_mb(), time.process_time(), []
     watched.append(seen)
     try: yield
