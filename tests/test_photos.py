@@ -136,3 +136,14 @@ def test_what_lies_beyond_the_edge_is_softened_by_its_distance_whatever_the_form
 
 def test_a_strip_that_holds_no_face_is_refused():
     with pytest.raises(InputError, match="could hold a face"): find_faces(torch.zeros(1, 3, 200, 16000))
+
+
+def test_the_second_look_keeps_to_the_face_that_was_chosen(monkeypatch):
+    from posefree_kit import photos
+    five = torch.tensor([[-20., -20], [20, -20], [0, 0], [-15, 25], [15, 25]])
+    face = lambda at, k: photos.Face((0., 0., 1., 1.), five * k + torch.tensor(at), .99)
+    tilted = five @ photos.rotation(math.radians(15)).T + 100                        # one that leans by 15 degrees, in a picture with a larger neighbour
+    look = lambda *found: (monkeypatch.setattr(photos, "find_faces", lambda *a, **k: list(found)), photos._look_again(torch.zeros(1, 3, 200, 200), tilted, "cpu"))[1]
+    alone = look(face((127.5, 127.5), 1.))
+    assert torch.equal(look(face((230., 120.), 2.), face((127.5, 127.5), 1.)), alone) and not torch.equal(alone, tilted)
+    assert torch.equal(look(face((230., 120.), 2.)), tilted) and torch.equal(look(), tilted)   # not there again: as it was first found
