@@ -10,7 +10,7 @@ __all__ = ['app', 'FRAMINGS', 'SPLIT', 'say', 'out_of', 'command', 'complete', '
            'training_images', 'train_encoder', 'import_official', 'benchmark', 'Diagnosis', 'doctor']
 
 # %% ../nbs/18_cli.ipynb #8ef8ee84
-import errno, functools, json, math, os, sys, tempfile
+import functools, json, math, os, sys, tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -155,9 +155,9 @@ def claim(path:Path, job:Job) -> Path: # the folder of an image's results
     from posefree_kit.viewer import FILES
     stem = path.stem if path.stem not in (".", "..", "") else path.name
     folder = job.out/stem
-    where = str(folder).lower() # some file systems do not tell A from a
-    if where in job.taken: raise InputError(f"expected images of different names, got {path.name!r} again: its results would go to the folder of {str(job.taken[where])!r}")
-    job.taken[where] = path
+    same = next((f for f in job.taken if f == folder or f.name.lower() == folder.name.lower() and f.exists() and folder.exists() and f.samefile(folder)), None) # some file systems do not tell A from a
+    if same: raise InputError(f"expected images of different names, got {path.name!r} again: its results would go to the folder of {str(job.taken[same])!r}")
+    job.taken[folder] = path
     if folder.exists() and folder.resolve().parent != job.out.resolve(): raise InputError(f"expected a folder inside {str(job.out)!r}, got {str(folder)!r}, which leads to {str(folder.resolve())!r}")
     there = [n for n in FILES if (folder/n).exists()]
     if there and not (job.resume or job.overwrite): raise InputError(f"expected no results in {str(folder)!r}, got {', '.join(there[:3])}{' ...' if len(there) > 3 else ''}: --resume skips what is done, --overwrite makes it again")
@@ -205,7 +205,8 @@ def complete_files(path:Path, folder:Path, job:Job) -> list: # names of what was
     wanted = [n for n, asked in (("turntable.mp4", job.video), ("mesh.glb", job.mesh)) if asked and not (folder/n).exists()]
     if not wanted: return []
     G, ws, own = latent_and_generator(folder/"latent.safetensors", job.generator, str(job.generator.w_avg.device))
-    if "turntable.mp4" in wanted: viewer.turntable(G, ws, folder/"turntable.mp4", radius=own.radius)
+    try: "turntable.mp4" in wanted and viewer.turntable(G, ws, folder/"turntable.mp4", radius=own.radius)
+    except viewer.NoFilm as e: say(f"note: {path}: {e}; no turntable.mp4", err=True); wanted.remove("turntable.mp4")
     try: told = viewer.mesh(G, ws, folder/"mesh.glb") if "mesh.glb" in wanted else None
     except InputError as e: say(f"note: {path}: {e}; no mesh.glb", err=True); wanted.remove("mesh.glb")
     else:
@@ -266,7 +267,7 @@ def invert(
     "Turn images into 3D-consistent reconstructions."
     from posefree_kit.baselines import METHODS, load_latent_encoder
     from posefree_kit.checkpoints import load_generator
-    from posefree_kit.core import InputError, resolve_device
+    from posefree_kit.core import FULL, InputError, resolve_device
     from posefree_kit.features import load_identity, load_perceptual, lpips_alex
     from posefree_kit.optimiser import DivergedError
     if resume and overwrite: raise InputError("expected --resume or --overwrite, got both")
@@ -289,7 +290,7 @@ def invert(
         except KeyboardInterrupt as e: raise KeyboardInterrupt(f"stopped: {len(outcome.reports)} of {len(images)} images done; the same call with --resume (and without --overwrite) goes on") from e
         except (InputError, DivergedError, OSError) as e:
             text = str(e) if str(path) in str(e) else f"{path}: {e}"
-            if getattr(e.__cause__, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG): raise InputError(f"{text}; {len(outcome.reports)} of {len(images)} images done and kept: make room, and --resume goes on") from e
+            if getattr(e.__cause__, "errno", None) in FULL: raise InputError(f"{text}; {len(outcome.reports)} of {len(images)} images done and kept: make room, and --resume goes on") from e
             say(f"error: {text}", err=True)
             outcome.failed[str(path)] = (text, 1 if isinstance(e, DivergedError) else 2)
     if len(images) > 1: say(f"{len(outcome.reports)} of {len(images)} images done" + (f", {len(outcome.failed)} failed" if outcome.failed else ""))
@@ -522,7 +523,7 @@ def train(
     share = Processes.launched(device)
     there = share.any((Path(out)/STATE).exists())
     if there and not resume: raise InputError(f"expected a new folder, got {str(out)!r} with a run in it: --resume goes on")
-    if not resume and share.any((Path(out)/"generator.safetensors").exists()): raise InputError(f"expected a new folder, got {str(out)!r} with generator.safetensors in it, which the run would replace at its end")
+    if not resume and share.any(bool(made := [n for n in ("generator.safetensors", "latent_encoder.safetensors") if (Path(out)/n).exists()])): raise InputError(f"expected a new folder, got {str(out)!r} with {made[0] if made else 'a generator'} in it, which the run would replace at its end")
     if resume and not there: raise InputError(f"expected a run to go on with, got {str(out)!r} without {STATE}: leave --resume out to begin one")
     if start and grow_from: raise InputError("expected --start or --grow-from, got both")
     wide = channels(wider) if wider else None

@@ -407,7 +407,7 @@ class RowFile:
             self.rows = parse_rows(data, self.path.name)
             if self.rows and not resume: raise InputError(f"expected no rows in {str(self.path)!r}, got {len(self.rows)}: --resume goes on")
             whole = data.rfind(b"\n") + 1
-            if whole < len(data) and data[whole:whole + 1] != b"{": raise InputError(f"expected a file of rows in {str(self.path)!r}, got {data[whole:whole + 60].decode(errors='replace')!r}")
+            if not data[whole:].strip(b"\0").startswith(b'{"set"'[:len(data[whole:].strip(b"\0"))]): raise InputError(f"expected a file of rows in {str(self.path)!r}, got {data[whole:whole + 60].decode(errors='replace')!r}")
             self.file.truncate(whole)
         except InputError: self.file.close(); raise
     def append(self, rows:list):

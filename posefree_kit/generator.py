@@ -361,7 +361,7 @@ def _processor() -> tuple: # of words that tell one from another: what is built 
 @functools.cache
 def march_library(): # -> ctypes.CDLL
     "Build march.cpp with $CXX or c++, once for this machine (kept in $XDG_CACHE_HOME or ~/.cache)"
-    compiler, source = os.environ.get("CXX", "c++"), MARCH.read_bytes()
+    compiler, source = os.environ.get("CXX") or "c++", MARCH.read_bytes()
     key = hashlib.sha256(source + repr((compiler, FLAGS, platform.node(), *_processor())).encode()).hexdigest()[:16]
     path = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))/"posefree_kit"/f"march-{key}.so"
     try:
@@ -369,7 +369,7 @@ def march_library(): # -> ctypes.CDLL
             if not shutil.which(shlex.split(compiler)[0]): raise OSError("no such program")
             with whole_file(path) as tmp: subprocess.run([*shlex.split(compiler), *FLAGS, "-o", str(tmp), str(MARCH)], check=True, capture_output=True, text=True)
         return ctypes.CDLL(str(path))
-    except (OSError, subprocess.CalledProcessError) as e:
+    except (OSError, ValueError, subprocess.CalledProcessError) as e:
         why = (getattr(e, "stderr", "") or str(e)).strip().splitlines()
         raise InputError(f"compiled march: expected a C++ compiler ({compiler}, or another in CXX), got: {why[0] if why else e}") from e
 

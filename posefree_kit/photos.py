@@ -44,7 +44,8 @@ def find_faces(
     if min(h, w) < 20: raise InputError(f"expected a picture that could hold a face, got {d['W']} x {d['H']}")
     x = F.interpolate(image.float(), (h, w), mode="bilinear", antialias=True) if (h, w) != (d["H"], d["W"]) else image.float()
     array = ((x[0].clamp(-1, 1) + 1) * 127.5).round().permute(1, 2, 0).cpu().numpy()
-    try: boxes, probabilities, points = detector(str(resolve_device(device))).detect(array, landmarks=True)
+    find = detector(str(resolve_device(device)))
+    try: boxes, probabilities, points = find.detect(array, landmarks=True)
     except torch.OutOfMemoryError: raise
     except (RuntimeError, IndexError, ValueError) as e: raise InputError(f"expected a picture that the face detector gets through, got {type(e).__name__}: {' '.join(str(e).split())[:120]}") from e
     if boxes is None: return []

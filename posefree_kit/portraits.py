@@ -650,7 +650,7 @@ def write_portraits(
     who, folder = _integers(seeds, "seeds").tolist(), Path(folder)
     if len(set(who)) < len(who): raise InputError("write_portraits: expected each seed once, since files are named by it; got some twice")
     changes = {k: v.tolist() if isinstance(v, Tensor) else v for k, v in changes.items()}
-    same = all(v is None or k == "light" or isinstance(v, (int, float, str)) for k, v in options.items()) # for everybody: then a few at a time are in memory
+    same = all(isinstance(v, (int, float, str, type(None))) or k == "light" and all(isinstance(x, (int, float)) for x in v) for k, v in options.items()) # for everybody: then a few at a time are in memory
     for part in (who[i:i + 64] for i in range(0, len(who), 64)) if same else [who]:
         made = portrait_batch(part, size, **options)
         for i, seed in enumerate(part):

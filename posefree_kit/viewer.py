@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['SCENE', 'HUES', 'NO_LOSS', 'KNOBS', 'LATENT', 'TUNED', 'FILES', 'METRICS', 'FIELDS', 'AROUND', 'MOVE', 'look',
-           'save_figure', 'depth_range', 'depth_image', 'save_depth', 'comparison', 'turntable_poses', 'turntable',
-           'MeshInfo', 'silhouette', 'density_grid', 'surface_level', 'mesh', 'view_points', 'Surface', 'seen_surface',
-           'plotly_parts', 'surface_figure', 'depth_figure', 'point_figure', 'surface_still', 'plotly_offline',
-           'loss_curves', 'loss_plot', 'Knob', 'planned', 'steered', 'check_knob', 'Wheel', 'Engine', 'Session',
-           'inversion_of', 'save_session', 'config_of', 'replay', 'save_latent', 'load_latent', 'finite', 'full_report',
-           'write_results', 'spark', 'Live', 'panel', 'Glass', 'Cockpit', 'cockpit', 'Flipbook', 'triptych', 'scrubber',
-           'weights_grid', 'pose_view', 'depth_against', 'against_truth']
+           'save_figure', 'depth_range', 'depth_image', 'save_depth', 'comparison', 'turntable_poses', 'NoFilm',
+           'turntable', 'MeshInfo', 'silhouette', 'density_grid', 'surface_level', 'mesh', 'view_points', 'Surface',
+           'seen_surface', 'plotly_parts', 'surface_figure', 'depth_figure', 'point_figure', 'surface_still',
+           'plotly_offline', 'loss_curves', 'loss_plot', 'Knob', 'planned', 'steered', 'check_knob', 'Wheel', 'Engine',
+           'Session', 'inversion_of', 'save_session', 'config_of', 'replay', 'save_latent', 'load_latent', 'finite',
+           'full_report', 'write_results', 'spark', 'Live', 'panel', 'Glass', 'Cockpit', 'cockpit', 'Flipbook',
+           'triptych', 'scrubber', 'weights_grid', 'pose_view', 'depth_against', 'against_truth']
 
 # %% ../nbs/16_viewer.ipynb #edb26f6a
 import base64, contextlib, dataclasses, html, importlib, io, itertools, json, math, queue, sys, threading, time
@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 from .camera import Pose, cam2world, intrinsics, project, turn, unproject
 from .checkpoints import save_checkpoint
-from .core import DivergedError, InputError, check_shape, config_from_dict, config_hash, config_to_dict, image_grid, load_tensors, read_json, resize, save_image, save_json, save_tensors, sha256, tensor_to_image, whole_file
+from .core import FULL, DivergedError, InputError, check_shape, config_from_dict, config_hash, config_to_dict, image_grid, load_tensors, read_json, resize, save_image, save_json, save_tensors, sha256, tensor_to_image, whole_file
 from .features import backends, load_identity, load_perceptual, lpips_alex
 from .losses import depth_std
 from .optimiser import InvertConfig, InvertState, Networks, Schedule, Stage, constant, invert, quick, result, run, search_start
@@ -136,6 +136,8 @@ def turntable_poses(frames:int=48, yaw_deg:float=35., pitch_deg:float=6., device
     t = torch.arange(frames, device=device) * (2 * math.pi / frames)
     return Pose(math.radians(yaw_deg) * t.sin(), math.radians(pitch_deg) * t.cos())
 
+class NoFilm(InputError): "A film could not be written, for want of an ffmpeg that works; everything else can"
+
 def turntable(
     generator, ws:Tensor, # one latent
     path, # .mp4 or .gif
@@ -157,7 +159,11 @@ def turntable(
     x = F.interpolate(x, (shown, shown), mode="bicubic", align_corners=False) if shown != size else x
     pictures = ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     film = dict(codec="libx264", quality=8, macro_block_size=2, pixelformat="yuv420p", ffmpeg_log_level="error") if path.suffix.lower() == ".mp4" else dict(loop=0)
-    with whole_file(path) as tmp: imageio.mimwrite(tmp, list(pictures), **(dict(fps=fps) | film if "codec" in film else dict(duration=1000 / fps) | film))
+    with whole_file(path) as tmp:
+        try: imageio.mimwrite(tmp, list(pictures), **(dict(fps=fps) | film if "codec" in film else dict(duration=1000 / fps) | film))
+        except (RuntimeError, OSError) as e:
+            if getattr(e, "errno", None) in FULL: raise
+            raise NoFilm(f"turntable: expected an ffmpeg that works, got {' '.join(str(e).split())[:200]}") from e
     return path
 
 # %% ../nbs/16_viewer.ipynb #c41e5599
@@ -712,7 +718,7 @@ def write_results(
     if aligned: save_image(image, folder/"aligned.png")
     save_latent(inversion, config, folder/"latent.safetensors", image=name, aligned=aligned, asked=asked) # what took minutes comes before what is drawn of it
     try: film and turntable(generator, ws, folder/"turntable.mp4", radius=pose.radius)
-    except RuntimeError as e: note(f"{name}: {' '.join(str(e).split())[:200]}; no turntable.mp4") # imageio's, where its ffmpeg does not run
+    except NoFilm as e: note(f"{name}: {e}; no turntable.mp4")
     try: info = mesh(generator, ws, folder/"mesh.glb") if solid else None
     except InputError as e: note(f"{name}: {e}; no mesh.glb")
     else:

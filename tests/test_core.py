@@ -152,6 +152,9 @@ def test_a_turned_photograph_with_a_tag_that_cannot_be_written_is_read(tmp_path)
     bad = Image.Exif(); bad._loaded = True; bad._data = {0x0112: 3, 0x0213: 70000}
     odd = Image.new("RGB", (2, 1)); odd.putpixel((0, 0), (255, 0, 0)); odd._exif = bad; odd.info["exif"] = b"x"
     assert core._upright(odd).getpixel((1, 0)) == (255, 0, 0)
+    for turn in range(1, 9):                                                         # a TIFF turns itself
+        exif = Image.Exif(); exif[0x0112] = turn; picture.save(tmp_path/"a.png", exif=exif); picture.save(tmp_path/"a.tiff", exif=exif)
+        assert torch.equal(load_image(tmp_path/"a.png"), load_image(tmp_path/"a.tiff")), turn
 
 def test_colours_of_a_profile_are_brought_to_srgb(tmp_path):
     from PIL import Image, ImageCms
@@ -164,6 +167,8 @@ def test_colours_of_a_profile_are_brought_to_srgb(tmp_path):
     for mode, extra in (("RGB", ()), ("RGBA", (255,))):
         Image.new(mode, (2, 2), (200, 30, 90, *extra)).save(tmp_path/"odd.png", icc_profile=odd)
         assert torch.allclose(load_image(tmp_path/"odd.png")[0, :, 0, 0], plain[[1, 0, 2]], atol=.03)
+    Image.new("RGB", (2, 2), (200, 30, 90)).save(tmp_path/"key.png", icc_profile=odd, transparency=(200, 30, 90))
+    assert (load_image(tmp_path/"key.png") == 1).all()                               # what is transparent stays so
     from posefree_kit import core
     wide = Image.new("RGBA", (2, 2), (200, 30, 90, 77)); wide.info["icc_profile"] = ImageCms.ImageCmsProfile(ImageCms.createProfile("XYZ")).tobytes()
     assert core._srgb(wide) is wide                                                  # a profile of another kind than the picture: the numbers as they stand

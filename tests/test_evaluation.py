@@ -201,6 +201,9 @@ def test_a_file_of_something_else_is_left_as_it_is(tmp_path):
     for resume in (False, True):
         with pytest.raises(InputError, match="expected a file of rows .* got 'no row"): RowFile(tmp_path/"notes.txt", resume)
     assert (tmp_path/"notes.txt").read_text() == "no row, and no end of line"
+    (tmp_path/"config.json").write_text('{"learning_rate": 0.1}')
+    with pytest.raises(InputError, match="expected a file of rows"): RowFile(tmp_path/"config.json")
+    assert (tmp_path/"config.json").read_text() == '{"learning_rate": 0.1}'
     (tmp_path/"cut.jsonl").write_text('{"set": "po')                                # a row that was cut is made again
     with RowFile(tmp_path/"cut.jsonl") as file: assert not file.rows
     assert not (tmp_path/"cut.jsonl").read_text()

@@ -267,3 +267,10 @@ def test_deltas_move_in_stages_that_allow_them_and_in_no_other(G):
 def test_offsets_look_along_both_diagonals(every):
     signs = {float(p.yaw[0] * p.pitch[0]) > 0 for step in range(0, 64, every) for p in [view_offsets(quick(mv_every=every), step)]}
     assert signs == {True, False}
+
+
+def test_a_generator_loads_without_the_imports_that_shapes_alone_would_ask_for():
+    "sympy and what hangs on it cost two seconds; `Hollow` is there to avoid them"
+    import subprocess, sys
+    run = subprocess.run([sys.executable, "-c", "import sys; from posefree_kit.checkpoints import load_generator; load_generator('portraits', 'cpu'); print('sympy' in sys.modules)"], capture_output=True, text=True)
+    assert run.stdout.strip() == "False", run.stdout + run.stderr[-800:]

@@ -23,7 +23,7 @@ from posefree_kit.optimiser import invert, quick, with_steps
 from posefree_kit.portraits import portrait
 from posefree_kit.pose import PoseFreeGenerator
 from posefree_kit.viewer import (FIELDS, FILES, KNOBS, Flipbook, Session, check_knob, cockpit, comparison, config_of, density_grid, depth_against, depth_figure, depth_image, load_latent, look, loss_plot, mesh, planned,
-                                 plotly_offline, point_figure, pose_view, replay, save_depth, save_session, scrubber, seen_surface, spark, steered, surface_figure, surface_level, surface_still, turntable, turntable_poses, view_points, weights_grid)
+                                 plotly_offline, point_figure, pose_view, replay, save_depth, save_session, scrubber, seen_surface, spark, steered, surface_figure, surface_level, surface_still, turntable, turntable_poses, view_points, weights_grid, write_results)
 
 @pytest.fixture(scope="module")
 def G():
@@ -383,3 +383,20 @@ def test_plotly_comes_without_what_checks_addresses():
     import subprocess, sys
     code = "import sys\nfrom posefree_kit.viewer import plotly_parts\ngo, _ = plotly_parts(); go.FigureWidget()\nprint('rfc3987_syntax' in sys.modules, 'lark' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == ["False", "False"]
+
+
+def test_without_a_film_everything_else_is_written(tmp_path, monkeypatch):
+    import imageio.v2
+    torch.manual_seed(0)
+    G = PoseFreeGenerator(GeneratorConfig(channels=(8, 8), plane_channels=4, render_resolution=16, samples=6)).start().requires_grad_(False).eval()
+    image = torch.zeros(1, 3, 16, 16)
+    inversion = invert(image, G, with_steps(quick(candidates=4, starts=1), 1))
+    for i, broken in enumerate((RuntimeError("No ffmpeg exe could be found"), OSError(2, "no such file"))):
+        def fail(*_, **__): raise broken
+        monkeypatch.setattr(imageio.v2, "mimwrite", fail)
+        notes = []
+        write_results("a", image, inversion, G, quick(), tmp_path/str(i), solid=False, note=notes.append)
+        assert len(notes) == 1 and "an ffmpeg that works" in notes[0] and {"latent.safetensors", "report.json"} <= {p.name for p in (tmp_path/str(i)).iterdir()}
+    monkeypatch.setattr(imageio.v2, "mimwrite", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(InputError, match="could not write .*No space left"): write_results("a", image, inversion, G, quick(), tmp_path/"full", solid=False)
+    assert (tmp_path/"full"/"latent.safetensors").exists()                           # what took minutes is there
