@@ -198,10 +198,13 @@ def test_cuda_gives_the_same_pixels(crowd):
 def test_a_distance_of_ones_own_is_refused():
     with pytest.raises(InputError, match="poses without a radius"): portrait_batch([1], 16, poses=Pose.deg(0.).at(torch.tensor([2.2])))
 
-def test_no_picture_replaces_another(tmp_path):
-    many = write_portraits(range(HELD_OUT, HELD_OUT + 70), tmp_path/"many", 16)                     # a few at a time: the same portraits
+def test_many_are_drawn_a_few_at_a_time_and_are_the_same(tmp_path):
+    many = write_portraits(range(HELD_OUT, HELD_OUT + 70), tmp_path, 16)                     # a few at a time: the same portraits
     one = portrait(HELD_OUT + 66, 16)
-    assert len(many) == 70 and many[66]["yaw_deg"] == round(float(one.pose.degrees()[0, 0]), 4) and (load_image(tmp_path/"many"/f"portrait_{HELD_OUT + 66}.png") - one.image).abs().max() < .01
+    assert len(many) == 70 and many[66]["yaw_deg"] == round(float(one.pose.degrees()[0, 0]), 4) and (load_image(tmp_path/f"portrait_{HELD_OUT + 66}.png") - one.image).abs().max() < .01
+    write_portraits(range(70), tmp_path/"lit", 16, light=([.1] * 70, [.2] * 70))            # what differs from one to the next is drawn together
+
+def test_no_picture_replaces_another(tmp_path):
     with pytest.raises(InputError, match="each seed once"): write_portraits([HELD_OUT, HELD_OUT], tmp_path, 16, variation=[0, 1])
     assert not list(tmp_path.iterdir())
     records = write_portraits([HELD_OUT, HELD_OUT + 1], tmp_path, 16, yaw=torch.tensor([.1, .2]))
