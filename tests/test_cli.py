@@ -292,7 +292,7 @@ def test_another_method_leaves_the_same_files_and_the_generator_that_it_tuned(ho
     assert report["method"] == meta["method"] == "pti" and report["generator"]["tuned"] and (tmp_path/"a"/"tuned.safetensors").exists() and report["steps"] == 2
     assert posefree("render", tmp_path/"a"/"latent.safetensors", "--out", tmp_path/"v.png", "--size", 16, "--device", "cpu")[0] == 0
     assert (load_image(tmp_path/"v.png") - load_image(tmp_path/"a"/"reconstruction.png")).abs().max() < .02
-    error(posefree("render", tmp_path/"a"/"latent.safetensors", "--out", tmp_path/"v.png", "--generator", home/"small.safetensors"), "expected the generator that the latent was made with (tuned.safetensors")
+    error(posefree("render", tmp_path/"a"/"latent.safetensors", "--out", tmp_path/"w.png", "--generator", home/"small.safetensors"), "expected the generator that the latent was made with (tuned.safetensors")
     error(invert(home, home/"a.png", out=tmp_path, extra=(*LIGHT, "--resume")), "some made with method pti")
     assert invert(home, home/"a.png", out=tmp_path, extra=(*LIGHT, "--overwrite"))[0] == 0 and not (tmp_path/"a"/"tuned.safetensors").exists()
     error(invert(home, home/"a.png", out=tmp_path/"e", extra=("--method", "encoder")), "expected a latent encoder for the generator 'small'", "train-encoder")
