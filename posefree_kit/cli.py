@@ -201,14 +201,16 @@ def optimise(path:Path, image, job:Job, folder:Path): # -> Inversion
 def complete_files(path:Path, folder:Path, job:Job) -> list: # names of what was made
     "The film and the mesh of results that were made without them, where they are wanted now"
     from posefree_kit import viewer
-    from posefree_kit.core import InputError
+    from posefree_kit.core import FULL, InputError
     wanted = [n for n, asked in (("turntable.mp4", job.video), ("mesh.glb", job.mesh)) if asked and not (folder/n).exists()]
     if not wanted: return []
     G, ws, own = latent_and_generator(folder/"latent.safetensors", job.generator, str(job.generator.w_avg.device))
     try: "turntable.mp4" in wanted and viewer.turntable(G, ws, folder/"turntable.mp4", radius=own.radius)
     except viewer.NoFilm as e: say(f"note: {path}: {e}; no turntable.mp4", err=True); wanted.remove("turntable.mp4")
     try: told = viewer.mesh(G, ws, folder/"mesh.glb") if "mesh.glb" in wanted else None
-    except InputError as e: say(f"note: {path}: {e}; no mesh.glb", err=True); wanted.remove("mesh.glb")
+    except InputError as e:
+        if getattr(e.__cause__, "errno", None) in FULL: raise
+        say(f"note: {path}: {e}; no mesh.glb", err=True); wanted.remove("mesh.glb")
     else:
         if told and not told.watertight: say(f"note: {path}: the mesh is not closed", err=True)
     return wanted

@@ -15,7 +15,7 @@ __all__ = ['OFFSETS', 'MEASURES', 'MS_SSIM_BETAS', 'ORACLE', 'SETS', 'SELF', 'OW
            'write_views']
 
 # %% ../nbs/15_evaluation.ipynb #34624b26
-import dataclasses, functools, json, math, os, time
+import contextlib, dataclasses, functools, json, math, os, time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable
@@ -306,9 +306,14 @@ class Truth:
     turned:Callable|None = None # one of `OFFSETS` -> (B, 3, R, R): the same from true yaw + so many degrees
     focal:float = FOCAL # of `depth`
 
-@functools.lru_cache(maxsize=64)
+_DRAWN:dict = {} # (seeds, size) -> Truth, the last used at the end: 2 million pixels of pictures, or one
 def portrait_truth(seeds:tuple, size:int) -> Truth:
-    "Portraits from where they are drawn, and from the sides"
+    "Portraits from where they are drawn, and from the sides; those of the last calls are kept"
+    truth = _DRAWN[seeds, size] = _DRAWN.pop((seeds, size), None) or _draw_truth(seeds, size)
+    while len(_DRAWN) > 1 and sum(len(s) * n * n for s, n in _DRAWN) > 64 * 8 * 64 ** 2: del _DRAWN[next(iter(_DRAWN))]
+    return truth
+
+def _draw_truth(seeds, size):
     t, k = portrait_batch(torch.tensor(seeds), size), len(OFFSETS)
     @functools.cache
     def around(): # all views at once: one call costs little more for many portraits
@@ -434,12 +439,13 @@ ABLATIONS = dict( # name -> configuration -> configuration: the rows of the pape
     no_curriculum=lambda c: dataclasses.replace(c, **{k: _share(getattr(c, k)) for k in ("rec", "id", "mv", "geo", "mv_yaw", "mv_pitch")}))
 
 def resolve(method, config:InvertConfig, ablation:str="full") -> tuple: # its label, the function, the configuration
-    "A method by name, `latent:w` for another space, or any function with the signature of `invert`"
+    "A method by name, `latent:w` for another space (`pti` has none: it always works in w), or any function with the signature of `invert`"
     if ablation not in ABLATIONS: raise InputError(f"expected an ablation among {', '.join(ABLATIONS)}; got {ablation!r}")
     config = ABLATIONS[ablation](config)
     if callable(method): return getattr(method, "__name__", type(method).__name__), method, config
     name, _, space = method.partition(":")
     if name not in METHODS: raise InputError(f"expected a method among {', '.join(METHODS)}, or one of them with :w or :w+; got {method!r}")
+    if space and name == "pti": raise InputError(f"expected pti without a space, as it always works in w; got {method!r}")
     return method, METHODS[name], dataclasses.replace(config, space=space) if space else config
 
 def check_judges(judges:Judges, config:InvertConfig):
@@ -675,7 +681,7 @@ def figure(rows:list, folder, path): # rows: of one set and generator; folder: o
     names = sorted({p.name.split(".")[0] for p in Path(folder).glob("*.truth.png")})
     failed = {(stem(r, "strip"), str(r["image"])) for r in rows if r.get("error")}
     lines = [("truth", "truth")] + [(label(g[0]) + f"\n{g[0]['preset']}, {g[0]['steps']}", stem(g[0], "strip")) for g in groups(rows).values()]
-    lines = [(text, who) for text, who in lines if any((Path(folder)/f"{n}.{who}.png").exists() for n in names)]
+    lines = [(text, who) for text, who in lines if any((Path(folder)/f"{n}.{who}.png").exists() or (who, n) in failed for n in names)]
     fig = Figure((.6 + 3.2 * len(names), .55 + .85 * len(lines)), layout="constrained", dpi=90); fig.suptitle("people of the set {set}, by the generator {generator}".format(**rows[0]), fontsize=9)
     axes = fig.subplots(len(lines), len(names), squeeze=False)
     for j, name in enumerate(names):
@@ -747,11 +753,15 @@ def benchmark(
     judges = load_judges(str(generator.w_avg.device), generator.config.domain, config.perceptual)
     jobs = list(dict.fromkeys([(s, m, "full") for s in sets for m in methods] + [(s, "latent", a) for s in sets for a in ablate]))
     jobs = list({(s, named(dict(method=m, space=resolve(m, config, a)[2].space)), a): (s, m, a) for s, m, a in reversed(jobs)}.values())[::-1] # `latent` and `latent:w+` are one
-    for s, m, a in jobs: set_seeds(s, n); check_judges(judges, resolve(m, config, a)[2])
-    for s, m, a in jobs:
-        c = resolve(m, config, a)[2]
+    parts = []
+    for s, m, a in jobs: # what stops the call stops it before the first job
+        c = resolve(m, config, a)[2]; set_seeds(s, n); check_judges(judges, c)
         row = dict(set=s, method=m, ablation=a, generator=generator.name, sha256=generator.sha256[:12], config=config_hash(c))
-        path, strips = Path(out)/"rows"/f"{stem(row)}.jsonl", Path(out)/"images"/f"{safe(s)}.{row['sha256']}"
+        path = Path(out)/"rows"/f"{stem(row)}.jsonl"
+        with contextlib.suppress(Busy): path.exists() and RowFile(path, resume).file.close()
+        parts.append((s, m, a, c, row, path))
+    for s, m, a, c, row, path in parts:
+        strips = Path(out)/"images"/f"{safe(s)}.{row['sha256']}"
         save_json(dict(row=row, config=config_to_dict(c), protocol=protocol(judges, generator.resolution)), path.with_suffix(".json"))
         try: evaluate(m, s, generator, config, n, batch, a, path, resume, judges, keep_strips(strips, stem(row | dict(method=named(row | dict(space=c.space))), "strip"), set_seeds(s, min(n, pictures))), progress)
         except Busy as e: say(f"note: {e}; it is left to that process")

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from .core import InputError, Net, check_range, check_shape, config_from_dict, config_to_dict, load_values, open_tensors, read_json, read_network, read_torch, resize, resolve_device, rng, save_json, save_values, sha256, tensor_bytes, whole_file
+from .core import InputError, Net, check_range, check_shape, config_from_dict, config_to_dict, load_values, open_tensors, read_json, read_network, read_torch, resize, resolve_device, rng, save_json, save_values, sha256, tensor_bytes, tensor_digest, whole_file
 
 # %% ../nbs/10_features.ipynb #5e4b919d
 def arcface_logits(
@@ -201,13 +201,21 @@ def train_encoder(
     "Train an encoder with the ArcFace margin; stopped and started again with `state`, it ends the same"
     check_shape(pictures, "P N 3 S S", "pictures")
     trainer = Trainer(config, training, len(pictures), start)
-    if state and Path(state).exists(): trainer.restore(load_values(state))
+    begun = {k: v for k, v in (start or {}).items() if k != "layer_scale"} # which `calibrate` sets anew, to the last bit only with as many threads
+    made = dict(config=config_to_dict(config), training=config_to_dict(training), pictures=tensor_digest(dict(pictures=pictures), {}), start=tensor_digest(begun, {})) if state else {}
+    if state and Path(state).exists(): trainer.restore(_same_training(load_values(state), made, Path(state).name))
     while trainer.step < training.steps:
         loss, right = trainer.update(pictures)
         if callback: callback(trainer.step, loss, right)
         if state and (trainer.step % 200 == 0 or trainer.step == training.steps):
-            save_values(trainer.state(), state)
+            save_values(trainer.state() | dict(made=made), state)
     return calibrate(freeze(trainer.net.to(memory_format=torch.contiguous_format)), decode(pictures[:64, 0]))
+
+def _same_training(saved, made:dict, name:str) -> dict: # the state, if it is of this training
+    had = saved.get("made") if isinstance(saved, dict) else None
+    if not isinstance(had, dict): raise InputError(f"{name}: expected a state that says which training it is of, got one without (of an earlier version, or of something else): delete it, or give another file")
+    if other := [k for k in made if had.get(k) != made[k]]: raise InputError(f"{name}: expected the state of this training, got one of another {', '.join(other)}: delete it, or give another file")
+    return saved
 
 def freeze(net:Net) -> Net:
     "Evaluation mode, no gradients to the weights (they still flow to the image)"

@@ -268,6 +268,7 @@ class Worker:
     def files(self, item:Item, image:Tensor, aligned, inv, notes):
         if self.job.write is None: return
         folder, out = Path(self.job.out)/item.folder, Path(self.job.out)
+        if "\0" in item.folder: raise InputError(f"expected a name that a folder can have, got {item.name!r}")
         if folder.exists() and folder.resolve().parent != out.resolve(): raise InputError(f"expected a folder inside {str(out)!r}, got {str(folder)!r}, which leads to {str(folder.resolve())!r}")
         self.job.write(item.name, image, inv, self.generator, self.job.config, folder, self.judges.identity, self.judges.lpips, aligned, note=notes.append)
 
@@ -311,19 +312,22 @@ def share(
     "Give batches to workers, one each; what a dead worker held goes to another, and another worker is hired"
     batches, again, idle, busy, whole = iter(batches), deque(), [], {}, Whole()
     hired, deaths, since, ahead, any_came = {crew.hire() for _ in range(workers)}, 0, time.monotonic(), next(batches, None), False
+    full = last = "no machine has room for one" # last: why nobody is at work
     while busy or again or ahead:
         while idle and (again or ahead):
             if again: b = again.popleft()
             else: b, ahead = ahead, next(batches, None)
             worker = idle.pop(); busy[crew.give(worker, b.items)] = worker, b
         came = crew.wait([*busy, *hired], 10.)
+        for value in (v for p, v in came if p in hired): last = f"the last died as it started ({value})" if isinstance(value, Lost) else full
         if busy or any(not isinstance(value, Lost) for _, value in came): since = time.monotonic()
-        elif time.monotonic() - since > patience: raise Halt(f"expected a worker within {patience:g} s, got none: no machine has room for one")
+        elif time.monotonic() - since > patience: raise Halt(f"expected a worker within {patience:g} s, got none: {last}")
         for promise, value in came:
             if promise in hired:
                 hired.remove(promise)
                 deaths, any_came = (deaths + 1, any_came) if isinstance(value, Lost) else (0, True)
                 if deaths > 2 * workers and not any_came: raise Halt(f"expected workers to start, got {deaths} in a row that died; the last: {value}")
+                if deaths == 1: say(f"a worker died as it started ({value}): others are tried") # once for many in a row
                 if deaths: hired.add(crew.hire())
                 else: idle.append(value)
                 continue
@@ -340,6 +344,7 @@ def share(
 class RayCrew:
     "Workers that are Ray actors: one GPU each, or `cores` CPU cores each, wherever the cluster has them"
     def __init__(self, job:Job, address:str|None=None): # address: of a cluster, or "auto"; None: Ray is started on this machine, for this run, whatever runs there or RAY_ADDRESS says
+        if ":" in job.device: raise InputError(f"expected the device auto, cpu or cuda for workers on Ray, which gives each a GPU of its own, got {job.device!r}: CUDA_VISIBLE_DEVICES chooses among them")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0") # nothing is reported to anybody
         self.ray, self.starting, self.live = need("ray"), {}, set()
         self.own = not self.ray.is_initialized()

@@ -119,13 +119,14 @@ def comparison(
     _picture(axes[0], image, "input")
     yaw, pitch = pose.degrees()[0].tolist()
     _picture(axes[1], view.rgb, f"reconstruction\nyaw {yaw:+.0f}°, pitch {pitch:+.0f}°")
-    error = (view.rgb.clamp(-1, 1) - image).abs().mean(1)[0] / 2
+    off = (view.rgb.clamp(-1, 1) - image) / 2
+    error = off.abs().mean(1)[0]
     shown = axes[2].imshow(error.cpu().numpy(), cmap="magma", vmin=0, vmax=.25, interpolation="nearest")
-    axes[2].set_title(f"error, mean {float(error.mean()):.3f}\nPSNR {-10 * math.log10(max(float(((view.rgb - image) / 2).square().mean()), 1e-12)):.1f} dB", fontsize=9); axes[2].axis("off")
+    axes[2].set_title(f"error, mean {float(error.mean()):.3f}\nPSNR {-10 * math.log10(max(float(off.square().mean()), 1e-12)):.1f} dB", fontsize=9); axes[2].axis("off")
     bar = top.colorbar(shown, ax=axes[2], shrink=.8, fraction=.07, aspect=12)
     bar.ax.tick_params(labelsize=8); bar.set_label("mean |difference|, 0 to 1", fontsize=8)
     _depth(top, axes[3], view)
-    for ax, x, yaw in zip(bottom.subplots(1, len(yaws_deg)), around, yaws_deg): _picture(ax, x[None], f"yaw {yaw:+g}°")
+    for ax, x, yaw in zip(bottom.subplots(1, len(yaws_deg), squeeze=False)[0], around, yaws_deg): _picture(ax, x[None], f"yaw {yaw:+g}°")
     if title: fig.suptitle(title, fontsize=10, parse_math=False)
     if path is not None: save_figure(fig, path)
     return fig
@@ -335,7 +336,8 @@ def surface_still(
 ): # the matplotlib Figure
     "The same without JavaScript: shaded by depth or error, and in its own colours"
     import matplotlib
-    all_ = torch.cat([s.points[s.points[..., 0].isfinite()] for s in surfaces] or [torch.zeros(1, 3)]) * torch.tensor([1., 1., -1.])
+    if not surfaces: raise InputError("surface_still: expected at least one surface, got none")
+    all_ = torch.cat([s.points[s.points[..., 0].isfinite()] for s in surfaces]) * torch.tensor([1., 1., -1.])
     if not len(all_): raise InputError("surface_still: expected a surface with at least one point, got an empty one")
     low, high = all_.amin(0)[[0, 2, 1]].tolist(), all_.amax(0)[[0, 2, 1]].tolist()
     fig = _figure(2.9 * len(surfaces) * (1 + dots) + .6, 3)
@@ -460,7 +462,8 @@ class Wheel:
         for knob, value in asked:
             if knob == "split":
                 if self.second(step): self.error = "the second stage has begun: the stage split stays"; continue
-                value = max(self.plan.stages[0].steps if value is None else value, step)
+                own = self.plan.stages[0].steps
+                value = None if value is None and own >= step else max(own if value is None else value, step) # let go of too late, it is held where it is
             self.changes = [c for c in self.changes if (c["step"], c["knob"]) != (step, knob)] + [dict(step=step, knob=knob, value=value)]
         self.config = steered(self.plan, self.held)
 
@@ -546,9 +549,12 @@ class Engine(Wheel):
     def curve(self, knob:str) -> tuple: # by plan, in force: a value for each step of the run
         "The schedule, and what the hand made of it"
         plan = [planned(self.plan, knob, i) for i in range(self.plan.steps)]
-        force = list(plan)
-        for step, value in [(c["step"], c["value"]) for c in self.changes if c["knob"] == knob] + [(self.state.step, v) for k, v in list(self.asked) if k == knob]:
-            force[step:] = plan[step:] if value is None else [value] * (len(plan) - step)
+        force, held = list(plan), {}
+        for step, k, value in [(c["step"], c["knob"], c["value"]) for c in self.changes] + [(self.state.step, *asked) for asked in list(self.asked)]:
+            if k not in (knob, "split"): continue
+            held[k] = value
+            config = steered(self.plan, {k: v for k, v in held.items() if v is not None}) # where the stages part, the rate changes too
+            force[step:] = [planned(config, knob, i) for i in range(step, len(plan))]
         return plan, force
 
 # %% ../nbs/16_viewer.ipynb #16f00008
@@ -592,11 +598,14 @@ class Session(Engine): # arguments as for `Engine`
     def start(self, steps=math.inf):
         "Go on in the background, for so many steps or to the end; returns at once"
         if self.thread is None: self.thread = threading.Thread(target=self._own, name="inversion", daemon=True); self.thread.start()
-        self.halt = False
+        self.halt, self.failure = False, None
         def job():
             if self.going: self.left = steps; return
             try: self.go(steps)
-            except Exception as e: self.failure, self.error, self.phase = e, f"{type(e).__name__}: {e}", "stopped"
+            except Exception as e:
+                self.failure, self.error, self.phase = e, f"{type(e).__name__}: {e}", "stopped"
+                for watcher in self.watchers:
+                    with contextlib.suppress(Exception): watcher(self, None) # one of them may be what failed
         self.ask(job)
 
     def step(self): self.start(1)
@@ -627,8 +636,11 @@ def inversion_of(s:Engine): # -> Inversion
 
 def save_session(s:Session, folder, name:str="image") -> dict: # name: what report.json calls the image -> the report
     "The files of `posefree invert`; the steps go on meanwhile"
+    from posefree_kit.evaluation import Judges, check_judges
     judge = load_identity("portrait-eval", device=s.device) if s.generator.config.domain == "faces" else None
-    return write_results(name, s.image, s.result(), s.generator, s.config, folder, judge, lpips_alex(s.device, s.config.perceptual))
+    check_judges(Judges(judge, None, None), s.plan)
+    inversion, config = s.ask(lambda: (inversion_of(s), s.config)).result() # of one moment
+    return write_results(name, s.image, inversion, s.generator, config, folder, judge, lpips_alex(s.device, config.perceptual))
 
 def config_of(values:dict) -> InvertConfig: # from `config_to_dict`
     "An inversion's configuration, back from JSON"
@@ -711,16 +723,18 @@ def write_results(
 ) -> dict: # the report
     "All files of one image; report.json last"
     folder, generator, ws, pose = Path(folder), inversion.generator or generator, inversion.ws, inversion.pose
+    save_latent(inversion, config, folder/"latent.safetensors", image=name, aligned=aligned, asked=asked) # what took minutes comes before what is measured and drawn of it
     report = full_report(name, image, inversion, judge, lpips)
     save_image(inversion.view.rgb, folder/"reconstruction.png")
     comparison(image, generator, ws, pose, folder/"comparison.png", title=Path(name).name)
     save_depth(inversion.view, folder/"depth.png")
     if aligned: save_image(image, folder/"aligned.png")
-    save_latent(inversion, config, folder/"latent.safetensors", image=name, aligned=aligned, asked=asked) # what took minutes comes before what is drawn of it
     try: film and turntable(generator, ws, folder/"turntable.mp4", radius=pose.radius)
     except NoFilm as e: note(f"{name}: {e}; no turntable.mp4")
     try: info = mesh(generator, ws, folder/"mesh.glb") if solid else None
-    except InputError as e: note(f"{name}: {e}; no mesh.glb")
+    except InputError as e:
+        if getattr(e.__cause__, "errno", None) in FULL: raise
+        note(f"{name}: {e}; no mesh.glb")
     else:
         if info and not info.watertight: note(f"{name}: the mesh is not closed")
     save_json(report, folder/"report.json")
@@ -904,7 +918,7 @@ class Cockpit(Glass):
     def _set(self, knob, value):
         try: self.session.set(knob, value)
         except InputError as e: self._say(html.escape(str(e)))
-        else: self._refresh()
+        self._refresh() # after a refusal too: the widget shows what was refused
 
     def _refresh(self): # the knobs' side only: pictures wait for their turn
         with self.drawing: self._draw_knobs()
@@ -995,6 +1009,8 @@ def weights_grid(
     psi=None, phi=None,
 ) -> Flipbook:
     "Short runs from one start, two knobs held at a few values each"
+    for knob, values in (first, second):
+        for v in values: check_knob(config, knob, v)
     s = Session(image, generator, config, psi, phi)
     start = search_start(s.nets, s.target, config)[0]
     held = [[{first[0]: a, second[0]: b} for b in second[1]] for a in first[1]]
@@ -1034,13 +1050,13 @@ def depth_against(
     truth:Tensor, # (1, 1, S, S) true, from the picture's own camera
     mask:Tensor, # (1, 1, S, S) 0 or 1
 ) -> tuple: # fitted depth (1, 1, h, h), signed error (1, 1, h, h), NaN outside the mask; true depth (1, 1, h, h); all in lengths
-    "Estimated depth after the best scale and shift, against the truth: + is too far"
+    "Estimated depth after the best shift and the best scale from 0 on, against the truth: + is too far"
     h = check_shape(depth, "1 1 H H", "depth")["H"]
     inside = F.interpolate(mask, (h, h), mode="area") > .99 # whole pixels only: no depth is mixed across the border
     true = F.interpolate(truth * mask, (h, h), mode="area")
     if int(inside.sum()) < 2: raise InputError("depth_against: expected a mask with at least two pixels inside, got fewer")
     x, y = depth[inside].cpu().double(), true[inside].cpu().double() # not every device has them
-    scale = ((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum().clamp(min=1e-12)
+    scale = (((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum().clamp(min=1e-12)).clamp(min=0) # as `evaluation.depth_error`: a hollow face is not turned inside out
     fitted = ((depth.cpu().double() - x.mean()) * scale + y.mean()).float().to(depth)
     return fitted, torch.where(inside, fitted - true, torch.nan), torch.where(inside, true, torch.nan)
 

@@ -3,6 +3,7 @@ import csv
 import dataclasses
 import json
 import math
+import re
 import statistics
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from posefree_kit import cli, optimiser
+from posefree_kit import cli, evaluation, optimiser
 from posefree_kit.camera import FOCAL, Pose
 from posefree_kit.checkpoints import save_checkpoint
 from posefree_kit.core import InputError, load_image, rng, save_image, save_json
@@ -58,6 +59,8 @@ def test_who_was_not_asked_has_not_failed(tmp_path, monkeypatch):
     monkeypatch.setattr(Axes, "text", lambda self, x, y, s, **k: (words.append(s), text(self, x, y, s, **k))[1])
     figure(rows, tmp_path, tmp_path/"f.png")
     assert words == ["failed"]                                                      # b's first; of a nobody asked for the second
+    words.clear(); figure(rows + [row("c", i, error="no memory") for i in (1, 2, 3)], tmp_path, tmp_path/"g.png")
+    assert words == ["failed"] * 3                                                  # and c's, of whom there is no picture at all
 
 def test_identical_pictures_are_at_the_limit_of_every_figure():
     x = portrait_batch(torch.arange(10_000_000, 10_000_003), 32).image
@@ -125,6 +128,16 @@ def test_a_tuned_generator_renders_its_own_views(G):
     inv = known(G, G.mapping(G.draw(1, 5)))
     inv.generator = H
     assert torch.equal(answer(inv, G).views[15], H.render(H.planes(inv.ws), Pose(inv.pose.yaw + math.radians(15), inv.pose.pitch)).rgb) and not torch.equal(answer(inv, G).views[15], answer(known(G, inv.w), G).views[15])
+
+def test_kept_portraits_are_bounded_by_their_pixels(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(evaluation, "_DRAWN", {}); monkeypatch.setattr(evaluation, "_draw_truth", lambda seeds, size: drawn.append((seeds, size)) or SimpleNamespace(seeds=seeds))
+    for _ in range(2):
+        for i in range(4): assert portrait_truth((i,) * 8, 256).seeds == (i,) * 8
+    assert len(drawn) == 4                                                          # 32 people at 256 pixels are kept
+    for size in (128, 256, 2048): portrait_truth((9,) * 8, size)
+    portrait_truth((9,) * 8, 2048)
+    assert len(drawn) == 7 and [*evaluation._DRAWN] == [((9,) * 8, 2048)]           # one that is too large is kept alone
 
 def test_own_samples_are_known_exactly(G):
     seeds = set_seeds(SELF, 3)
@@ -265,6 +278,9 @@ def test_ablations_change_what_they_say():
     assert len(c["one_stage"].stages) == 1 and c["one_stage"].steps == quick().steps and c["one_stage"].stages[0].shrink == 1
     assert c["no_curriculum"].mv(0) == c["no_curriculum"].mv(1) == pytest.approx(.105, abs=1e-3) and c["no_curriculum"].id(0) == pytest.approx(.2, abs=1e-3)
     assert resolve("latent:w", quick())[2].space == "w"
+    assert resolve("pti", quick())[::2] == ("pti", quick()) and resolve("pti", quick(space="w"))[0] == "pti"
+    for bad in ("pti:w", "pti:w+"):
+        with pytest.raises(InputError, match=f"expected pti without a space.*got '{re.escape(bad)}'"): resolve(bad, quick())
     for bad in (("latnt", "full"), ("latent", "no_everything"), ("latent:z", "full")):
         with pytest.raises(InputError): resolve(bad[0], quick(), bad[1])
 
@@ -309,6 +325,12 @@ def test_one_method_under_two_names_counts_once(G, tmp_path):
     assert len(a) == 2 and {r["method"] for r in a} == {"latent"}
     b = benchmark(G, tmp_path, ("latent:w+",), ("self",), config=SHORT, n=2, progress=False)
     assert len(b) == 2 and means(b)[0]["n"] == 2
+
+def test_rows_that_are_there_stop_a_run_before_its_first_job(G, tmp_path):
+    benchmark(G, tmp_path, ("latent:w",), ("self",), config=SHORT, n=1, progress=False)
+    before = sorted((tmp_path/"rows").iterdir())
+    with pytest.raises(InputError, match="expected no rows in .*--resume"): benchmark(G, tmp_path, ("latent", "latent:w"), ("self",), config=SHORT, n=1, progress=False)
+    assert sorted((tmp_path/"rows").iterdir()) == before
 
 def test_rows_that_are_there_twice_do_not_fit_their_own_frames(tmp_path):
     row = lambda method, i: dict(set="portraits-easy", method=method, space="w+", ablation="full", generator="g", sha256="h" * 12, config="c", preset="quick", steps=1, seed=0, image=i, true_yaw_deg=float(i), true_pitch_deg=0., pitch_deg=.5 * i ** 2, yaw_deg=i + 3. * (i == 2))

@@ -6,12 +6,13 @@ import shutil
 import socket
 import urllib.error
 import urllib.request
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from posefree_kit.core import InputError, config_to_dict, rng, save_values, sha256
+from posefree_kit.core import InputError, config_to_dict, load_values, rng, save_values, sha256
 from posefree_kit.features import (OURS, SHIPPED, EncoderConfig, EncoderTraining, PortraitEncoder, Trainer, arcface_logits, assets, augment, backends, calibrate, decode,
                                    default_identity, default_perceptual, encoder_card, fold, freeze, load_encoder, load_identity, load_perceptual, lpips_alex, perceptual_distance,
                                    photograph, save_encoder, train_encoder, verify)
@@ -136,13 +137,24 @@ def test_training_learns_and_resumes_exactly(tmp_path):
     people = photograph(portrait_batch, range(6), 4, size=32)
     training, losses = EncoderTraining(steps=30, batch=16, margin=0., seed=3, bfloat16=False), []
     config = EncoderConfig(widths=(6, 8, 12), blocks=(1, 1), dim=8, size=32)
-    whole = train_encoder(people, config, training, callback=lambda step, loss, right: losses.append(loss))
+    whole = train_encoder(people, config, training, state=tmp_path/"first.state", callback=lambda step, loss, right: losses.append(loss))
     assert sum(losses[-5:]) < .8 * sum(losses[:5])
     first = Trainer(config, training, 6)
     for _ in range(11): first.update(people)
-    save_values(first.state(), tmp_path/"first.state")
+    save_values(first.state() | dict(made=load_values(tmp_path/"first.state")["made"]), tmp_path/"first.state") # as if it had been stopped after 11 steps
     resumed = train_encoder(people, config, training, state=tmp_path/"first.state")
     assert all(torch.equal(v, resumed.state_dict()[k]) for k, v in whole.state_dict().items())
+
+def test_a_state_is_gone_on_with_by_its_own_training_alone(tmp_path):
+    people = torch.randint(0, 256, (3, 2, 3, 16, 16), generator=rng(0), dtype=torch.uint8)
+    config, training, state = EncoderConfig(widths=(4, 6), blocks=(1,), dim=4, size=16), EncoderTraining(steps=1, batch=4, bfloat16=False), tmp_path/"a.state"
+    ask = lambda pictures=people, config=config, training=training, start=None: train_encoder(pictures, config, training, start, state)
+    net = ask(); ask()
+    for other, given in dict(pictures=dict(pictures=255 - people), config=dict(config=replace(config, dim=6)), training=dict(training=replace(training, seed=1)), start=dict(start=net.state_dict())).items():
+        with pytest.raises(InputError, match=f"a.state: expected the state of this training, got one of another {other}: delete it"): ask(**given)
+    for old in (Trainer(config, training, 3).state(), [1]):
+        save_values(old, state)
+        with pytest.raises(InputError, match="a.state: expected a state that says which training it is of"): ask()
 
 def test_a_family_shares_looks_and_clothes_change():
     seen = []

@@ -152,6 +152,7 @@ def test_ray_is_this_runs_own_unless_an_address_is_given(home, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", types.SimpleNamespace(is_initialized=lambda: False, init=init))
     with pytest.raises(InputError, match="expected a running Ray cluster at 'nowhere:1', got: no Ray at nowhere:1"): RayCrew(job(home, "o"), "nowhere:1")
     with pytest.raises(ConnectionError): RayCrew(job(home, "o"))
+    with pytest.raises(InputError, match="expected the device auto, cpu or cuda .* got 'cuda:1'"): RayCrew(job(home, "o", device="cuda:1"), "nowhere:1")
     assert asked == ["nowhere:1", "local"]
 
 def test_a_full_disk_stops_the_run_and_a_bad_folder_does_not(home, tmp_path):
@@ -161,6 +162,10 @@ def test_a_full_disk_stops_the_run_and_a_bad_folder_does_not(home, tmp_path):
     with pytest.raises(InputError, match="could not write; 0 of 6 images are done and kept, --resume"): run(home, tmp_path/"full", write=full)
     (tmp_path/"o").mkdir(); (tmp_path/"else").mkdir(); (tmp_path/"o"/"0").symlink_to(tmp_path/"else")
     run(home, tmp_path/"o", write=write_light)
+    pq.write_table(pa.table(dict(image=[(home/"in"/"0.png").read_bytes()] * 2, name=["a\0b.png", "c.png"])), tmp_path/"nul.parquet")
+    run(home, tmp_path/"nul", tmp_path/"nul.parquet", write=lambda *_, **__: None)
+    bad, good = read_results(tmp_path/"nul")
+    assert "a name that a folder can have, got 'a\\x00b.png'" in bad["error"] and good["error"] is None
     rows = read_results(tmp_path/"o")
     assert "inside" in rows[0]["error"] and rows[1]["error"] is None and not list((tmp_path/"else").iterdir())
 
@@ -266,13 +271,19 @@ def test_workers_that_never_come_are_told():
     with pytest.raises(Halt, match="within 0 s, got none"): list(share(batches(2), Crew(rows_of, room=0), 2, patience=0.))
     class Stillborn(Crew):
         def hire(self): promise = super().hire(); self.due[promise] = lambda: Lost("no memory"); return promise
-    with pytest.raises(Halt, match="got 5 in a row that died; the last: no memory"): list(share(batches(2), Stillborn(rows_of), 2))
+    said = []
+    with pytest.raises(Halt, match="got 5 in a row that died; the last: no memory"): list(share(batches(2), Stillborn(rows_of), 2, say=said.append))
+    assert said == ["a worker died as it started (no memory): others are tried"]
+    class Mortal(Stillborn): # the first worker comes and dies with its batch, and nobody comes after it
+        def hire(self): promise = super().hire(); self.due |= {promise: lambda: 1} if promise == "hire 1" else {}; return promise
+    with pytest.raises(Halt, match=r"within 0.02 s, got none: the last died as it started \(no memory\)"): list(share(batches(1), Mortal(lambda worker, items: Lost("killed")), 1, patience=.02, say=said.append))
+    assert said[1:] == ["a worker died (killed): its 2 images go to another", "a worker died as it started (no memory): others are tried"]
     class Bad(Stillborn): # only its first worker comes, and is at work whenever another dies
         def hire(self): promise = super().hire(); self.due |= {promise: lambda: 1} if promise == "hire 1" else {}; return promise
         def wait(self, promises, seconds):
             ready = [p for p in promises if p == "hire 1"] or [p for p in promises if p.startswith("hire")][:1] * (self.count < 20) or promises[:1]
             return [(p, self.due[p]()) for p in ready]
-    assert len(list(share(batches(3), Bad(lambda worker, items: rows_of(items)), 2))) == 3 # a bad machine beside a good one
+    assert len(list(share(batches(3), Bad(lambda worker, items: rows_of(items)), 2, say=said.append))) == 3 # a bad machine beside a good one
     crew = Crew(lambda worker, items: rows_of(items), room=1)                  # room for one of three: it does everything
     assert len(list(share(batches(4), crew, 3, patience=0.))) == 4 and crew.most == 1
 

@@ -1,11 +1,13 @@
 "What the viewer writes is what the generator shows: right files, right shapes, nothing half-written."
 import base64
+import dataclasses
 import functools
 import io
 import json
 import math
 import threading
 import time
+import types
 
 import imageio.v2 as imageio
 import matplotlib
@@ -76,6 +78,8 @@ def test_comparison_is_written_and_shows_the_error(G, w, tmp_path):
     assert abs(around(pose.at(torch.tensor([2.2]))) - around(pose)).mean() > .02                # ... and from the distance of the reconstruction's camera
     comparison(torch.nn.functional.interpolate(image, (128, 128)), G, w, pose)                  # a larger input is made smaller
     with pytest.raises(InputError, match="square"): comparison(torch.zeros(1, 3, 8, 9), G, w, pose)
+    bright = types.SimpleNamespace(planes=G.planes, config=G.config, render=lambda *a, **k: G.render(*a, **k)._replace(rgb=torch.full_like(image, 1.5)))
+    assert "mean 0.000\nPSNR 120.0" in comparison(torch.ones_like(image), bright, w, pose, yaws_deg=(0,)).subfigs[0].axes[2].get_title()              # as in the report: what no file can hold counts as its end
     save_depth(G.view(w, pose), tmp_path/"d.png"); assert Image.open(tmp_path/"d.png").size[0] > 200
 
 def test_turntable_loops(G, w, tmp_path):
@@ -195,6 +199,13 @@ def test_a_change_takes_effect_at_its_step_and_is_let_go(session):
     assert used(session, "geo") == force[:7] and force[3:5] == [.7, .7] and force[5:] == plan[5:] and force[:3] == plan[:3]
     assert spark(session, "geo").count("<path") == 2 and spark(session, "mv").count("<path") == 0
 
+def test_the_rate_in_force_follows_the_stage_split(session):
+    session.advance(3); session.set("split", 9); session.advance(1)
+    plan, force = session.curve("rate")
+    first, second = (s.rate for s in SHORT.stages)
+    assert first != second and plan == [planned(SHORT, "rate", i) for i in range(12)] and force == [first] * 9 + [second] * 3
+    session.set("split"); assert session.curve("rate")[1] == plan and session.curve("geo")[0] == session.curve("geo")[1]
+
 def test_the_last_word_before_a_step_counts(session):
     session.advance(2); session.set("id", .1); session.set("id", .9); session.advance(1); session.set("id", .2)
     assert session.changes == [dict(step=2, knob="id", value=.9)] and session.held == dict(id=.2)
@@ -204,6 +215,13 @@ def test_the_stage_split_moves_until_the_second_stage_begins(session):
     assert session.changes == [dict(step=3, knob="split", value=3)] and [t["stage"] for t in session.state.trace] == [0, 0, 0, 1]
     with pytest.raises(InputError, match="which has begun"): session.set("split", 8)
     session.undo(0); session.set("split", 8); session.advance(6); assert {t["stage"] for t in session.state.trace} == {0}
+
+def test_a_stage_split_is_let_go(session):
+    own = SHORT.stages[0].steps
+    session.advance(1); session.set("split", own + 3); session.advance(1); session.set("split"); session.advance()
+    assert session.changes == [dict(step=1, knob="split", value=own + 3), dict(step=2, knob="split", value=None)] and not session.held and [t["stage"] for t in session.state.trace] == [0] * own + [1] * (12 - own)
+    session.undo(0); session.set("split", own + 3); session.advance(own + 1); session.set("split"); session.advance(1)
+    assert session.held == dict(split=own + 1)                                                  # the plan's own number is past: it stays held, at this step
 
 def test_undo_and_restart_forget_what_came_after(session):
     session.advance(4); at4 = session.state.copy()
@@ -263,6 +281,17 @@ def test_a_failure_in_the_background_is_raised_to_whoever_waits(session):
     session.start()
     with pytest.raises(ZeroDivisionError): session.wait(300)
 
+def test_a_failure_in_the_background_is_shown_and_belongs_to_its_own_run(small, face, monkeypatch):
+    c = cockpit(face, small, SHORT, psi=Plain(), phi=Plain())
+    s = c.session
+    try:
+        monkeypatch.setattr(Plain, "distance", lambda self, a, b: {}["a bug"])
+        s.start(); assert s.resting.wait(300)
+        assert "<b>stopped</b>" in c.status.value and "KeyError" in c.status.value
+        monkeypatch.undo()
+        s.start(1); assert s.wait(300) and s.state.step == 1 and "<b>paused</b>" in c.status.value and "KeyError" not in c.status.value
+    finally: s.close()
+
 def test_a_configuration_comes_back_from_json():
     assert config_of(json.loads(json.dumps(config_to_dict(SHORT)))) == SHORT
     with pytest.raises(InputError): config_of(dict(lambdas=1))
@@ -276,6 +305,20 @@ def test_save_writes_what_invert_writes(session, tmp_path, coarse):
     again = replay(session.image, session.generator, tmp_path/"a"/"report.json", Plain(), Plain())
     assert torch.equal(again.ws, t["ws"])
 
+def test_what_is_saved_is_of_one_moment(session, monkeypatch):
+    session.advance(3); session.set("geo", .2); session.advance(1)
+    def busy(f): answer = asked(f); session.advance(1); session.set("geo", .9); session.advance(1); return answer # the steps go on meanwhile, and so does the hand
+    asked, given = session.ask, []
+    monkeypatch.setattr(session, "ask", busy); monkeypatch.setattr(viewer, "write_results", lambda *args: given.extend(args))
+    save_session(session, "o")
+    _, _, inversion, _, config, *_ = given
+    assert inversion.report["steps"] == 4 and config.geo(.5) == .2 and session.config.geo(.5) == .9
+
+def test_a_judge_that_the_loss_uses_saves_nothing(small, face, tmp_path):
+    s = Session(face, small, dataclasses.replace(SHORT, identity="portrait-eval"), Plain(), Plain())
+    with pytest.raises(InputError, match="portrait-eval in both"): save_session(s, tmp_path/"o")
+    assert not (tmp_path/"o").exists()
+
 def test_the_cockpit_steers_by_its_widgets_and_degrades(small, face, tmp_path, coarse):
     c = cockpit(face, small, SHORT, folder=tmp_path/"out", every=4, psi=Plain(), phi=Plain())
     s = c.session
@@ -283,12 +326,13 @@ def test_the_cockpit_steers_by_its_widgets_and_degrades(small, face, tmp_path, c
         assert all(p.value[:2] == b"\xff\xd8" for p in c.pictures.values()) and c.draws == 1
         c.buttons["step"].click(); s.wait(300)
         c.sliders["geo"].value = .6
-        assert c.hands["geo"].value and s.held == dict(geo=.6) and "♦" not in c.sparks["geo"].value
+        assert c.hands["geo"].value and s.held == dict(geo=.6) and c.sparks["geo"].value.count("<path") == 0            # a diamond only where it has taken effect
         c.buttons["start"].click(); assert s.wait(300) and s.done
         assert s.changes == [dict(step=1, knob="geo", value=.6)] and used(s, "geo")[1:] == [.6] * 11
         lines = {line.name: line for line in c.chart.data}
         assert len(lines["total"].x) == 12 and list(lines["by hand"].x) == [1] and len(lines["yaw"].y) == 12
         assert "finished" in c.status.value and c.sparks["geo"].value.count("<path") == 1
+        c.hands["split"].value = True; assert "second stage" in c.status.value and not c.hands["split"].value and "split" not in s.held                      # a refusal is seen at the button too
         c.buttons["undo"].click(); s.wait(300); assert s.state.step == 8 and len(lines["total"].x) == 8
         c.hands["geo"].value = False; c.buttons["step"].click(); s.wait(300); assert s.changes[-1] == dict(step=8, knob="geo", value=None) and not c.hands["geo"].value
         assert c.sliders["geo"].value == pytest.approx(planned(SHORT, "geo", 9), abs=.01) and "geo" not in s.held         # the slider follows the schedule again, and is no hand
@@ -347,6 +391,8 @@ def test_scrubber_and_grid_and_pose_view(small, face, session, monkeypatch):
     before = live.box.children[2].value; live.box.children[0].value = 40
     assert live.box.children[2].value != before and "text/html" in bundle and bundle["text/html"].count("range") == 2
     with pytest.raises(InputError, match="at least one state"): scrubber({}, small)
+    with pytest.raises(InputError, match="a knob among .* got 'nope'"): weights_grid(face, small, SHORT, ("nope", (0., 1.)), psi=Plain(), phi=Plain())
+    with pytest.raises(InputError, match="expected mv as a number"): weights_grid(face, small, SHORT, second=("mv", (0., -1.)), psi=Plain(), phi=Plain())
 
 def test_depth_against_the_truth_ignores_scale_and_shift_and_nothing_else():
     p = portrait(10_000_003, 64)
@@ -356,6 +402,8 @@ def test_depth_against_the_truth_ignores_scale_and_shift_and_nothing_else():
     bent = p.depth.clone(); bent[..., 20:24, 30:34] += .1
     error = depth_against(bent, p.depth, p.mask)[1]
     assert error[..., 20:24, 30:34].mean() > .08 and error.nan_to_num()[..., 40:, :].abs().mean() < .01                # + is too far
+    hollow, flat = (depth_against(d, p.depth, p.mask)[1][inside] for d in (5 - p.depth, torch.full_like(p.depth, 2.5)))
+    assert torch.allclose(hollow, flat) and hollow.abs().max() > .05                            # a hollow face is no better than a flat one
     with pytest.raises(InputError, match="two pixels"): depth_against(p.depth, p.depth, p.mask * 0)
 
 def test_surfaces_side_by_side(tmp_path):
@@ -366,7 +414,8 @@ def test_surfaces_side_by_side(tmp_path):
     fig = surface_figure(pair)
     assert len(fig.data) == 2 and fig.data[1].cmin == -fig.data[1].cmax and len(json.dumps(fig.to_plotly_json(), default=str)) < 200_000
     surface_still(pair, dots=True, path=tmp_path/"s.png"); assert Image.open(tmp_path/"s.png").size[0] > 500
-    with pytest.raises(InputError, match="at least one"): surface_figure([])
+    for draw in (surface_figure, surface_still):
+        with pytest.raises(InputError, match="at least one surface, got none"): draw([])
 
 def test_background_is_cut_from_a_mesh(tmp_path):
     class Before(Sphere): # a wall
@@ -385,7 +434,7 @@ def test_plotly_comes_without_what_checks_addresses():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == ["False", "False"]
 
 
-def test_without_a_film_everything_else_is_written(tmp_path, monkeypatch):
+def test_without_a_film_everything_else_is_written(tmp_path, monkeypatch, coarse):
     import imageio.v2
     torch.manual_seed(0)
     G = PoseFreeGenerator(GeneratorConfig(channels=(8, 8), plane_channels=4, render_resolution=16, samples=6)).start().requires_grad_(False).eval()
@@ -400,3 +449,21 @@ def test_without_a_film_everything_else_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(imageio.v2, "mimwrite", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(InputError, match="could not write .*No space left"): write_results("a", image, inversion, G, quick(), tmp_path/"full", solid=False)
     assert (tmp_path/"full"/"latent.safetensors").exists()                           # what took minutes is there
+    def full(*_, **__): raise OSError(28, "No space left on device")
+    monkeypatch.setattr(trimesh.Trimesh, "export", full); monkeypatch.setattr(viewer, "comparison", lambda *_, **__: None)
+    with pytest.raises(InputError, match="could not write .*mesh.glb.*No space left"): write_results("a", image, inversion, G, quick(), tmp_path/"full", film=False)
+    monkeypatch.setattr(viewer, "full_report", full)
+    with pytest.raises(OSError): write_results("a", image, inversion, G, quick(), tmp_path/"measured")
+    assert [p.name for p in (tmp_path/"measured").iterdir()] == ["latent.safetensors"]  # before anything is measured or drawn
+
+def test_a_full_disk_is_no_note_of_a_mesh_that_is_added(tmp_path, monkeypatch):
+    from posefree_kit import cli
+    def write(error):
+        try: raise error
+        except OSError as e: raise InputError("could not write mesh.glb") from e
+    monkeypatch.setattr(cli, "latent_and_generator", lambda *_: (None, None, None))
+    job = types.SimpleNamespace(video=False, mesh=True, generator=types.SimpleNamespace(w_avg=torch.zeros(1)))
+    monkeypatch.setattr(viewer, "mesh", lambda *_: write(OSError(28, "No space left on device")))
+    with pytest.raises(InputError, match="could not write"): cli.complete_files("a.png", tmp_path, job)
+    monkeypatch.setattr(viewer, "mesh", lambda *_: write(OSError(2, "no such file")))
+    assert cli.complete_files("a.png", tmp_path, job) == []

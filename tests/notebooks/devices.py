@@ -1,4 +1,4 @@
-"What two devices must agree on, for one seed: written for any pair, so that it runs as (cpu, cpu) where there is no GPU."
+"What two devices must agree on, for one seed: written for any device, so that it runs on the CPU alone where there is no GPU."
 import torch
 
 from posefree_kit.benchmark import Memory

@@ -84,7 +84,8 @@ def renew(profile:str, ran:dict, goldens:dict|None):
     kept = (goldens or {}).get("notebooks", {})
     there = {p.stem for p in notebooks()}
     new = {k: v for k, v in kept.items() if k in there} | {name: renewed(figures(r), kept.get(name)) for name, r in ran.items() if not r.error}
-    save_json(dict(profile=profile, made_with=circumstances(), notebooks=dict(sorted(new.items()))), GOLDENS/f"{profile}.json")
+    every = not goldens or all(name in ran and not ran[name].error for name in new) # of some, `made_with` would be false for the others
+    save_json(dict(profile=profile, made_with=circumstances() if every else goldens["made_with"], notebooks=dict(sorted(new.items()))), GOLDENS/f"{profile}.json")
     print(f"data/goldens/{profile}.json: {sum(not r.error for r in ran.values())} of {len(new)} notebooks renewed")
 
 def main() -> int:

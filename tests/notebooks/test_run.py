@@ -66,6 +66,13 @@ def test_renewing_keeps_directions_and_tolerances():
     assert new["psnr_db"] == GOLDEN["psnr_db"] | dict(value=33.) and new["new_deg"] == dict(value=2.) | regression.rule("new_deg") and regression.rule("new_deg")["better"] == "lower"
     assert set(regression.renewed(dict(psnr_db=1.), GOLDEN)) == {"psnr_db"} # what is no longer recorded goes
 
+def test_renewing_one_notebook_does_not_say_that_all_were_made_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(regression, "GOLDENS", tmp_path); monkeypatch.setattr(regression, "notebooks", lambda: [tmp_path/f"{n}.ipynb" for n in ("a", "b")]); monkeypatch.setattr(regression, "circumstances", lambda: dict(torch="new"))
+    ran = lambda *names, error="": {n: chapters.Ran(error, 1., GOOD, dict(time_ratio=10.)) for n in names}
+    def made(which, goldens): regression.renew("cpu", which, goldens); return regression.read("cpu")["made_with"]["torch"]
+    old = dict(made_with=dict(torch="old"), notebooks=dict(a=GOLDEN, b=GOLDEN, gone=GOLDEN))
+    assert [made(ran("a"), old), made(ran("a", "b"), old), made(ran("a") | ran("b", error="no"), old), made(ran("a"), None)] == ["old", "new", "old", "new"]
+
 def test_a_report_counts_what_failed(capsys):
     ran = lambda **changes: dict(page=chapters.Ran("", 1., GOOD | changes, dict(time_ratio=10.)), broken=chapters.Ran("cell 3: no", 1.))
     goldens = dict(made_with={}, notebooks=dict(page=GOLDEN | dict(time_ratio=dict(value=8., better="lower", atol=0., rtol=1.))))
