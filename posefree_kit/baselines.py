@@ -19,7 +19,7 @@ from torch import Tensor
 from . import losses
 from .camera import Pose, mirror, turn
 from .checkpoints import ASSETS
-from .core import DivergedError, InputError, check_range, check_shape, config_from_dict, config_hash, config_to_dict, ending, finish_steps, load_values, read_json, read_network, resize, rng, save_json, save_values, sha256, tensor_bytes, whole_file
+from .core import DivergedError, InputError, check_range, check_shape, config_from_dict, config_hash, config_to_dict, ending, finish_steps, load_values, memory_advice, read_json, read_network, resize, rng, save_json, save_values, sha256, tensor_bytes, whole_file
 from .features import default_identity, default_perceptual, load_identity, load_perceptual
 from .generator import Planes, View
 from .latent_encoder import LatentEncoder, LatentEncoderConfig, fresh_encoder
@@ -45,6 +45,7 @@ def pose_opt(
     "3D GAN Inversion with Pose Optimization (Ko et al. 2023): the code and a camera of its own, by the losses of the configuration"
     t0 = time.time()
     nets, target = prepare(image, generator, config, psi, phi)
+    if camera.start is not None and len(camera.start) != len(target): raise InputError(f"Camera.start: expected {len(target)} poses, one an image, got {len(camera.start)}")
     w, starts, lost = search_start(nets, target, config)
     start = camera.start or (generator.pose(w) if generator.reader is None else generator.read_pose(target))
     free = FreePose(start.stack().detach().to(w).clone(), camera.rate, round(config.steps * camera.preheat)) if camera.free else None
@@ -55,7 +56,7 @@ def pose_opt(
 # %% ../nbs/14_baselines.ipynb #c72dee7f
 @dataclass(frozen=True)
 class Tuning:
-    "How a copy of the generator is tuned (published values where not said otherwise)"
+    "How a copy of the generator is tuned, by `pti` and by `spi` (where not said otherwise PTI's published values, for both)"
     share:float = 350 / 800 # of the steps; the rest is the first stage
     rate:float = 3e-4 # Adam's rate, constant
     l2:float = 1. # weight of the squared difference
@@ -85,11 +86,12 @@ def thaw(G:PoseFreeGenerator) -> PoseFreeGenerator:
 
 # %% ../nbs/14_baselines.ipynb #4bb24efc
 class TunedBatch:
-    "Tuned generators, one an image, to be used as one: `planes` and `render` give image i to generator i"
+    "Tuned generators, one an image, to be used as one: `planes`, `render` and `field` give image i to generator i"
+    shared = ("config", "pose", "camera", "mapping", "draw", "truncate", "expand_ws", "num_ws", "w_avg", "resolution", "render_resolution", "compiled", "name", "sha256", "source", "reader", "read_pose") # tuning leaves these alone
     def __init__(self, members:list): self.members = members
-    def __getattr__(self, name): # what all share: config, pose, sizes ...
-        if name == "members" or name.startswith("__"): raise AttributeError(name)
-        return getattr(self.members[0], name)
+    def __getattr__(self, name): # what all share
+        if name in self.shared: return getattr(self.members[0], name)
+        raise AttributeError(f"TunedBatch: expected one of {', '.join(self.shared)}, which all generators share, got {name}: ask each of them, as in batch[0]")
     def __getitem__(self, i:int) -> PoseFreeGenerator: return self.members[i]
     def to(self, device): return TunedBatch([G.to(device) for G in self.members])
     def planes(self, ws:Tensor) -> Planes: # (B, num_ws, w_dim) or (B, w_dim), B as many as generators
@@ -100,8 +102,11 @@ class TunedBatch:
         if n * len(self.members) != len(pose): raise InputError(f"TunedBatch: expected as many poses as generators (or a multiple), got {len(pose)} poses and {len(self.members)} generators")
         return View(*(torch.cat(x) for x in zip(*(G.render(planes[i:i + 1], pose[i * n:(i + 1) * n], **kwargs) for i, G in enumerate(self.members)))))
     def view(self, ws:Tensor, pose:Pose, **kwargs) -> View: return self.render(self.planes(ws), pose, **kwargs)
+    def field(self, planes:Planes, xyz:Tensor) -> tuple: # xyz (B, M, 3)
+        return tuple(torch.cat(x) for x in zip(*(G.field(planes[i:i + 1], xyz[i:i + 1]) for i, G in enumerate(self.members))))
 
 # %% ../nbs/14_baselines.ipynb #28263836
+@memory_advice("fewer images at once (each has a generator of its own), or a CPU")
 def tune(
     first:Inversion, nets:Networks, # the first stage; its generator stays as it is
     config:InvertConfig, tuning:Tuning, steps:int,
@@ -127,6 +132,7 @@ def tune(
         trace.append({n: v.cpu() for n, v in parts.items()} | dict(step=start + k, stage=stage, rate=tuning.rate, total=losses.total(parts, weights).cpu(), pose=first.pose.stack().cpu(), weights=weights))
         told = Step(start + k, config.steps, stage, parts, weights, tuning.rate, first.pose, View(*(torch.cat(x) for x in zip(*(v for _, v in last)))), first.state)
         if callback and callback(told) is False or all(done): break
+    if not all(p.isfinite().all() for G in members for p in G.parameters()): raise DivergedError(f"tuning left weights that are not finite by step {start + len(trace) - 1}; the code from before it is kept", first.state)
     for G in members: G.requires_grad_(False)
     return tuned(first, members, trace, tuning)
 
@@ -312,7 +318,7 @@ class LatentTrainer:
         self.net = fresh_encoder(G, training.seed, start)
         self.opt, self.step, self.seconds = torch.optim.Adam(self.net.parameters(), training.rate, betas=(.9, .99)), 0, 0.
         self.w, self.people = draw_people(G, training.pool, self.net.config.size, training.seed)
-        self.unit = G.pose(self.w).stack().std(0)
+        with torch.no_grad(): self.unit = G.pose(self.w).stack().std(0)
 
     def update(self, progress:float) -> dict: # progress of the run in [0, 1] -> parts
         "One step"
@@ -324,7 +330,10 @@ class LatentTrainer:
             j = torch.randint(len(self.images), (t.portraits,), generator=g)
             image, flip = self._seen(self.images[j]), torch.rand(t.portraits, generator=g) < .5
             parts |= portrait_loss(self.net, self.nets, torch.where(flip.to(image.device)[:, None, None, None], image.flip(-1), image), t)
-        self.opt.zero_grad(); sum(parts.values()).backward(); self.opt.step()
+        self.opt.zero_grad(); sum(parts.values()).backward()
+        bad = [f"its {k} loss is {float(v.detach())}" for k, v in parts.items() if not v.isfinite()] or ["a gradient is not finite" for p in self.net.parameters() if p.grad is not None and not p.grad.isfinite().all()]
+        if bad: raise DivergedError(f"the training of an encoder stopped being finite at step {self.step}: {bad[0]}; the state from before it is kept", self.state())
+        self.opt.step()
         self.step += 1
         return {k: float(v.detach()) for k, v in parts.items()}
 
@@ -340,7 +349,7 @@ def train_latent_encoder(
     out, # NAME.safetensors; the card goes to NAME.json, the state of an unfinished run to NAME.state
     minutes:float|None=None, steps:int|None=None, # budget: one of them, or whichever ends first
     start=None, # an encoder file to begin with, of this generator or any other of its shape
-    resume:bool=False, # go on from NAME.state, with the same generator, images, start and settings: the same as if never interrupted
+    resume:bool=False, # go on from NAME.state, with the same generator, images, start and settings: with the same `steps` and no `minutes`, the same as if never interrupted; what a step does depends on the share of the budget that is spent, so another budget changes the rest of the run
     training:LatentTraining=LatentTraining(),
     callback=None, # called with (step, parts) after each step
     psi=None, phi=None,
@@ -352,14 +361,12 @@ def train_latent_encoder(
     out, device = ending(out, ".safetensors"), generator.w_avg.device
     nets = Networks(generator, psi or load_perceptual(default_perceptual(generator.config.domain), device=device), phi or load_identity(default_identity(generator.config.domain), device=device))
     begin = None if start is None else read_latent_encoder(start)
-    t = LatentTrainer(nets, images[:-training.held], training, begin)
+    advice = f"a smaller LatentTraining.batch or portraits (now {training.batch} and {training.portraits}), or a CPU"
+    with memory_advice(advice): t = LatentTrainer(nets, images[:-training.held], training, begin)
     of = dict(generator=generator.sha256, images=sha256(images.cpu().contiguous().numpy().tobytes()), start=None if begin is None else begin.card["sha256"], training=config_to_dict(training))
-    if resume:
-        state = _state(out.with_suffix(".state"))
-        if other := [k for k, v in of.items() if state.get("of", of).get(k) != v]: raise InputError(f"resume: expected the {', '.join(other)} that the run in {out.with_suffix('.state').name} began with, got others")
-        t.restore(state)
+    if resume: _go_on(t, out.with_suffix(".state"), of)
     last = saved = time.time()
-    with finish_steps() as stop:
+    with memory_advice(advice), finish_steps() as stop:
         try:
             while not stop and (p := max(t.step / steps if steps else 0, t.seconds / 60 / minutes if minutes else 0)) < 1:
                 parts = t.update(p)
@@ -367,19 +374,24 @@ def train_latent_encoder(
                 if callback: callback(t.step, parts)
                 if now - saved > 60: _keep(t, out, of); saved = now
         finally: _keep(t, out, of) # also when something fails
-    if stop: raise KeyboardInterrupt(f"stopped at step {t.step}, saved in {out.with_suffix('.state')}: --resume goes on")
+    if stop: raise KeyboardInterrupt(f"stopped at step {t.step}" + (f", saved in {out.with_suffix('.state')}: --resume goes on" if t.step else ""))
     told = dict(steps=t.step, minutes=round(t.seconds / 60, 2), seed=training.seed, training=config_to_dict(training), started_from=None if begin is None else {k: begin.card[k] for k in ("name", "sha256")},
                 data=f"{training.pool:,} people of the generator; {len(t.images):,} portraits without any label", figures=latent_figures(t.net, generator, images[-training.held:]))
     save_latent_encoder(t.net, out, generator, **told)
     out.with_suffix(".state").unlink(missing_ok=True)
     return read_latent_encoder(out).to(device)
 
-def _keep(t, out, of): # of: what the run is made of
-    save_values(t.state() | dict(of=of), out.with_suffix(".state"))
+def _keep(t, out, of): # of: what the run is made of; no state of nothing, or of what is no number
+    if t.step and all(v.isfinite().all() for v in t.net.state_dict().values()): save_values(t.state() | dict(of=of), out.with_suffix(".state"))
 
-def _state(path):
+def _go_on(t, path, of): # from the state of the same run
     if not path.is_file(): raise InputError(f"resume: expected the state of a run in {str(path)!r}, got none")
-    return load_values(path)
+    state = load_values(path)
+    try:
+        other = [k for k, v in of.items() if state.get("of", of).get(k) != v]
+        if not other: t.restore(state)
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError, RuntimeError) as e: raise InputError(f"resume: expected the state of an encoder's training in {path.name!r}, got one with {', '.join(map(str, state))[:80] if isinstance(state, dict) else type(state).__name__}: {' '.join(str(e).split())[:200]}") from e
+    if other: raise InputError(f"resume: expected the {', '.join(other)} that the run in {path.name} began with, got others")
 
 # %% ../nbs/14_baselines.ipynb #157dca92
 @torch.no_grad()
@@ -396,7 +408,9 @@ def latent_figures(net:LatentEncoder, G:PoseFreeGenerator, images:Tensor, people
 
 def save_latent_encoder(net:LatentEncoder, path:Path|str, generator:PoseFreeGenerator, **card):
     "Write an encoder in half precision, and its card, which names the generator that it belongs to"
-    data = tensor_bytes({k: v.half() for k, v in net.state_dict().items()}, {})
+    half = {k: v.half() for k, v in net.state_dict().items()}
+    if bad := [k for k, v in half.items() if not v.isfinite().all()]: raise InputError(f"save_latent_encoder: expected numbers that are finite in half precision, got others in {bad[0]}")
+    data = tensor_bytes(half, {})
     with whole_file(path) as tmp: tmp.write_bytes(data)
     save_json(dict(name=Path(path).stem, config=config_to_dict(net.config), sha256=sha256(data), bytes=len(data), generator=dict(name=generator.name, sha256=generator.sha256), **card), Path(path).with_suffix(".json"))
 

@@ -45,8 +45,10 @@ class LatentEncoder(nn.Module):
         c = self.config
         if not len(image): return image.new_zeros(0, c.w_dim), image.new_zeros(0, c.num_ws, c.w_dim) # torch's PixelUnshuffle gives a batch of none back as it came
         x = self.body(resize(image, c.size))
-        deltas = self.deltas(x).view(-1, c.num_ws, c.look_dim) * (.1 * self.std[:c.look_dim])
-        return self.mean + self.std * self.w(x), F.pad(deltas, (0, c.w_dim - c.look_dim))
+        with torch.autocast(image.device.type, enabled=False): # the heads always work in float32
+            x = x.float()
+            deltas = self.deltas(x).view(-1, c.num_ws, c.look_dim) * (.1 * self.std[:c.look_dim])
+            return self.mean + self.std * self.w(x), F.pad(deltas, (0, c.w_dim - c.look_dim))
 
 def fresh_encoder(
     G:PoseFreeGenerator,

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from .camera import Pose, mirror
-from .core import DivergedError, Hollow, InputError, Part, batch_rand, check_range, check_shape, config_from_dict, config_to_dict, finish_steps, image_grid, image_suffixes, load_image, load_values, memory_advice, parse_json, read_array, read_torch, resize, resolve_device, rng, save_image, save_values, whole_file
+from .core import DivergedError, FORMATS, Hollow, InputError, Part, batch_rand, check_range, check_shape, config_from_dict, config_to_dict, finish_steps, image_grid, image_suffixes, load_image, load_values, memory_advice, parse_json, read_array, read_torch, resize, resolve_device, rng, save_image, save_values, whole_file
 from .discriminator import Discriminator, DiscriminatorConfig, grow_discriminator
 from .generator import GeneratorConfig, Planes, View
 from .latent_encoder import LatentEncoder, LatentEncoderConfig, fresh_encoder
@@ -56,13 +56,16 @@ class UnposedImages:
 
     @classmethod
     def folder(cls, path, size:int, **kwargs): # image files, or .npy files of (N, 3, R, R) uint8
-        "The images of a folder, made `size` x `size`; unreadable files are an error, not a gap"
-        files = sorted(p for p in Path(path).glob("*") if p.suffix.lower() in {".npy", *image_suffixes()} and p.name[0] != ".")
-        if not files: raise InputError(f"expected a folder with images, got {str(path)!r}, which holds none")
+        "The images of a folder (not those of folders in it), made `size` x `size`; unreadable files are an error, not a gap"
+        known = {".npy", *image_suffixes()}
+        kind = lambda pattern, suffixes: sorted(p for p in Path(path).glob(pattern) if p.suffix.lower() in suffixes and p.name[0] != ".")
+        if other := kind("*", {".avif", ".dng", ".heic", ".heif", ".jp2", ".jxl", ".tga", ".webp"} - known): raise InputError(f"expected images that can be read ({', '.join(FORMATS)}) in {str(path)!r}, got {other[0].name!r}" + (f" and {len(other) - 1} more like it" if other[1:] else "") + ": convert them, or move them away")
+        files = kind("*", known)
+        if not files: raise InputError(f"expected a folder with images, got {str(path)!r}, which holds none" + (f" itself: those of folders in it, as {deep[0].parent.name}/{deep[0].name}, are not looked for" if (deep := kind("*/*", known)) else ""))
         bytes_ = lambda x: ((resize(x, size) + 1) * 127.5).round().clamp(0, 255).byte()
         def stack(p): # of a .npy file
             x = read_array(p)
-            if x.dtype != np.uint8 or x.ndim != 4 or x.shape[1] != 3: raise InputError(f"expected images of (N, 3, R, R) uint8 in {p.name!r}, got {x.shape} {x.dtype}")
+            if x.dtype != np.uint8 or x.ndim != 4 or x.shape[1] != 3 or x.shape[2] != x.shape[3]: raise InputError(f"expected images of (N, 3, R, R) uint8 in {p.name!r}, got {x.shape} {x.dtype}")
             return torch.cat([bytes_(c.float() / 127.5 - 1) for c in torch.from_numpy(x).split(500)])
         def single(p):
             x = load_image(p)
@@ -131,7 +134,7 @@ def blur(x:Tensor, sigma:float) -> Tensor: # (B, C, H, W); sigma in pixels
 # %% ../nbs/08_training.ipynb #ec11b4b9
 @dataclass(frozen=True)
 class TrainConfig:
-    "The training recipe; every value is ours (the paper gives no recipe): what the shipped run came to, in stages; its last had the relativistic loss, R1 and R2 .12, `encode_share` .25 and batches of 32"
+    "The training recipe; every value is ours (the paper gives no recipe): what the shipped run came to by points 10 and 11 of chapter 08, in stages and without its encoder; the settings of its last stages are in a cell at the end of that chapter"
     batch:int = 32 # images a step, over all processes
     g_rate:float = 0.0025 # Adam's rate, generator
     d_rate:float = 0.002 # Adam's rate, discriminator
@@ -143,7 +146,7 @@ class TrainConfig:
     easy_kimg:tuple = (35., 65.) # where easy pictures are given: thousands of images until which all are easy, and from which none is
     hold_kimg:float = 1000. # thousands of images for which the pose learner keeps its starting spread: left free early, it shrinks, since unfinished heads look better from the front
     pose_weight:float = 2. # weight of the pose head's error on generated images
-    read_share:float = .5 # share of generated images that are judged at the pose that is read off them, as real ones are (PoF3D: all); else at the pose they were rendered from
+    read_share:float = .5 # share of generated images that are judged at the pose that is read off them, as real ones are (PoF3D's public code: all; the paper: none); else at the pose they were rendered from
     mirror_weight:float = .5 # weight of the wish that a mirrored real image is read as the mirrored pose (ours)
     slant:float = 0. # the mirrored image's upper part may rise to a side by so much (height over width) before it is read, so that a slanting hairline is not taken for a turn (ours)
     calibrate:float = .02 # share of each step in the running mean and spread of readings of real images, which are moved and scaled to those of generated poses; 0: left as they are
@@ -355,7 +358,7 @@ class Encoded:
         "The same planes from the pose that the encoder's own w carries, against the image; and the encoder on pictures whose latents are known"
         G, c, b, look = s.G, s.config, len(self.at), s.G.config.look_dim
         spread = lambda w: ((w - s.E.mean) / s.E.std)
-        seen = s.E(fakes.view.rgb.detach())[0] # of all generated images
+        with torch.autocast(s.device.type, torch.bfloat16, enabled=s.bf16): seen = s.E(fakes.view.rgb.detach())[0] # of all generated images
         spoken = torch.func.functional_call(G.pose_learner, {k: p.detach() for k, p in G.pose_learner.named_parameters()}, (seen,)) # the pose learner does not bend to the encoder's errors
         off = (spoken.stack() - fakes.pose.stack().detach()) / s.D.unit
         known = off.square().sum(1) / 2 + (fakes.drawn[:, None] * (spread(seen) - spread(fakes.w.detach()))[:, :look].square()).mean(1) + .02 * spread(seen)[:, look:].square().sum(1)
@@ -449,7 +452,7 @@ def g_step(s:TrainState, fakes:Fakes, real:Tensor, sigma:float, generator:torch.
 
 # %% ../nbs/08_training.ipynb #d57f9b07
 def density_loss(G:PoseFreeGenerator, planes:Planes, generator:torch.Generator|Part, points:int=500) -> Tensor:
-    "Mean absolute difference of density between points 0.4 % of the box apart (EG3D's regulariser)"
+    "Mean absolute difference of density between points 0.4 % of the box apart (after EG3D, which compares what the decoder says before it becomes a density)"
     c, b = G.config, len(planes.w_last)
     x = (batch_rand((b, points, 3), generator) - .5) * c.box
     x = torch.cat([x, x + .004 * c.box * batch_rand((b, points, 3), generator, draw=torch.randn)], 1).to(planes.w_last.device)
@@ -462,7 +465,9 @@ def wall_loss(view:View, radius:float, behind:float=.1) -> Tensor: # View of (B,
 
 def symmetry_loss(G:PoseFreeGenerator, planes:Planes, generator:torch.Generator|Part, size:int=32, scale:float=.05, share:Processes=Processes()) -> Tensor: # planes of (B, ...) -> scalar in [0, 1]
     "How unlike depth from pose 0 is to its mirror image between brows, cheeks and mouth, where both halves are covered; differences far over `scale` (a strand before the face) no longer count (ours)"
-    if not len(planes.w_last): return 0 * share.sum(planes.w_last.sum().detach()) # this process has none of the eight
+    if not len(planes.w_last): # this process has none of the eight; it draws the numbers of their rays all the same, so that what is drawn next is what others draw
+        for n in (G.config.samples, G.config.fine_samples): batch_rand((0, size * size, n), generator)
+        return 0 * share.sum(planes.w_last.sum().detach())
     view = G.render(planes, Pose.deg([0.] * len(planes.w_last), device=planes.w_last.device), size=size, jitter=1., generator=generator)
     across, down = slice(round(.34 * size), size - round(.34 * size)), slice(round(.4 * size), round(.72 * size)) # where portraits have their faces
     depth, weight = (x[..., down, across] for x in (view.depth, view.weight))
@@ -481,7 +486,6 @@ def ema_step(s:TrainState, w:Tensor):
     for slow, net, b in ((s.ema, s.G, beta), (s.d_ema, s.D, d_beta), *(() if s.E is None else ((s.e_ema, s.E, beta),))):
         torch._foreach_lerp_([*slow.parameters()], [*net.parameters()], 1 - b)
         for x, y in zip(slow.buffers(), net.buffers()): x.copy_(y)
-    s.d_ema.fade, s.d_ema.condition = s.D.fade, s.D.condition
 
 # %% ../nbs/08_training.ipynb #d57f9b09
 def fall(s:TrainState):
@@ -495,6 +499,7 @@ def ramps(s:TrainState):
     c, (start, full) = s.config, s.config.condition_kimg
     s.D.condition = 1. if s.kimg >= full else max(0., (s.kimg - start) / max(full - start, 1e-6))
     if s.D.old_rgb is not None: s.D.fade = min(1., s.kimg / c.fade_kimg) if c.fade_kimg else 1.
+    s.d_ema.fade, s.d_ema.condition = s.D.fade, s.D.condition
 
 def train_step(s:TrainState, images:UnposedImages, easy:UnposedImages|None=None) -> dict: # losses by name
     "Both networks, once. All randomness comes from (seed, step): a resumed run goes on exactly"
@@ -515,6 +520,7 @@ def train_step(s:TrainState, images:UnposedImages, easy:UnposedImages|None=None)
     if bad: raise FloatingPointError(f"loss {bad[0]} is {parts[bad[0]]} at step {s.step} ({s.kimg:.3f} kimg)")
     ema_step(s, fakes.w)
     s.seen += c.batch
+    ramps(s) # a state says what a saved one says
     own = torch.rad2deg(s.share.gather(fakes.own.stack().detach()))
     return parts | dict(yaw_sd_deg=float(own[:, 0].std(correction=min(1, len(own) - 1))), yaw_mean_deg=float(own[:, 0].mean()), pitch_sd_deg=float(own[:, 1].std(correction=min(1, len(own) - 1))))
 
@@ -538,7 +544,7 @@ def load_state(path:Path|str, device="cpu") -> TrainState:
         if "moments" in d: s.moments.load_state_dict(d["moments"])
         s.ema.load_state_dict(d["ema"]); s.d_ema.load_state_dict(d.get("d_ema", d["D"])); s.opt_g.load_state_dict(d["opt_g"]); s.opt_d.load_state_dict(d["opt_d"]); s.seen, s.trouble = d["seen"], d.get("trouble", "")
     except (KeyError, TypeError, AttributeError, ValueError, IndexError, RuntimeError) as e: raise InputError(f"expected a training state, got {str(path)!r}: {' '.join(str(e).split())[:200]}") from e
-    ramps(s); s.d_ema.fade, s.d_ema.condition = s.D.fade, s.D.condition
+    ramps(s)
     return s
 
 def _growing(config, growing):
@@ -569,7 +575,7 @@ def fit(
     minutes:float|None=None, # stop after so many minutes of this call
     kimg:float|None=None, # stop when the run has seen so many thousand images
     resume:bool=True, # go on with the state in `out`, if there is one
-    start:TrainState|None=None, # begin from this state instead of fresh networks (growing)
+    start:TrainState|None=None, # begin from this state instead of fresh networks (growing), on its device; not where a run is to be resumed
     easy:UnposedImages|None=None, # easier pictures to begin with, replaced bit by bit by `images` (`TrainConfig.easy_kimg`)
     compiled:bool=False, # render by the compiled march (CPU; two to three times as fast)
     watch=None, # called as watch(state) -> dict of figures at each save: looks on, changes nothing
@@ -580,12 +586,14 @@ def fit(
     from tqdm.auto import tqdm
     if minutes is None and kimg is None: raise InputError("fit: expected a budget, minutes or kimg")
     share = Processes.launched(device)
-    out, device = Path(out), resolve_device(device)
+    out, device = Path(out), start.device if start is not None and device == "auto" else resolve_device(device)
     found = share.any(resume and (out/STATE).exists())
+    if start is not None and found: raise InputError(f"fit: expected a folder without a run, to begin from `start`, got {str(out)!r} with one: give another folder, or resume=False, which begins anew in its place, or no `start`, and it goes on")
+    if start is not None and (device.type != start.device.type or device.index not in (None, start.device.index or 0)): raise InputError(f"fit: expected a `start` on the device {device}, got one on {start.device}")
     s = load_state(out/STATE, device) if found else start or new_state(generator or GeneratorConfig(), discriminator or DiscriminatorConfig(), config or TrainConfig(), device)
     if found or start is not None:
         for given, has in ((generator, s.G.config), (discriminator, s.D.config), (config, s.config)):
-            if given is not None and given != has: raise InputError(f"fit: expected the {type(has).__name__} {f'that the run in {str(out)!r} began with' if found else 'of `start`'} (or none), got another in {', '.join(f.name for f in dataclasses.fields(has) if getattr(given, f.name) != getattr(has, f.name))}: give another folder, or resume=False")
+            if given is not None and given != has: raise InputError(f"fit: expected the {type(has).__name__} {f'that the run in {str(out)!r} began with' if found else 'of `start`'} (or none), got another in {', '.join(f.name for f in dataclasses.fields(has) if getattr(given, f.name) != getattr(has, f.name))}" + (": give another folder, or resume=False, which begins anew in its place" if found else ""))
     s.share = share
     for x in (images, easy):
         if x is not None and x.resolution != s.G.resolution: raise InputError(f"fit: expected images of {s.G.resolution} pixels, got {x.resolution}")
@@ -640,8 +648,12 @@ def _log(out, s) -> list: # the lines of a log up to a state
     return [line for line in path.read_text().splitlines() if parse_json(line, str(path))["kimg"] <= round(s.kimg, 3)] if path.exists() else []
 
 # %% ../nbs/08_training.ipynb #ab01c4ab
-def grow(small:TrainState, g_channels:int, d_channels:int, config:TrainConfig) -> TrainState:
-    "Twice the resolution, everything learned kept, an encoder too where the new run has one in the loop; channels are those of the new blocks. The styles of the generator's new block begin as large as those of the block before (ours)"
+def grow(
+    small:TrainState, # a run whose last new layer is fully in
+    g_channels:int, d_channels:int, # of the new blocks
+    config:TrainConfig, # of the new run, whose images count from 0 again: unless `blur_kimg` is 0. and `condition_kimg` (0., 0.), as `posefree train --grow-from` sets them, pictures are blurred and the pose joins the score late once more
+) -> TrainState:
+    "Twice the resolution, every weight kept, an encoder's too where the new run has one in the loop. The styles of the generator's new block begin as large as those of the block before (ours)"
     c = small.ema.config
     if small.D.old_rgb is not None and small.kimg < small.config.fade_kimg: raise InputError(f"grow: expected a run whose last new layer is fully in, got one at {small.kimg:.1f} of {small.config.fade_kimg:g} kimg: train it further")
     big_config = dataclasses.replace(c, channels=tuple(c.channels) + (g_channels,), render_resolution=2 * c.render_resolution)

@@ -87,6 +87,13 @@ def test_folder_of_pictures(tmp_path):
     with pytest.raises(InputError, match="holds none"): UnposedImages.folder(tmp_path, 8)
     Image.new("RGB", (16, 16), "red").save(tmp_path / "a.png")
     assert UnposedImages.folder(tmp_path, 8).images.shape == (1, 3, 8, 8)
+    (tmp_path/"00000").mkdir(); Image.new("RGB", (16, 16), "red").save(tmp_path/"00000"/"b.png")
+    assert len(UnposedImages.folder(tmp_path, 8)) == 1
+    (tmp_path/"00001"/"00000").mkdir(parents=True); Image.new("RGB", (16, 16), "red").save(tmp_path/"00001"/"00000"/"b.png")
+    with pytest.raises(InputError, match="none itself: those of folders in it, as 00000/b.png, are not looked for"): UnposedImages.folder(tmp_path/"00001", 8)
+    for name in ("c.HEIC", "d.jxl"): (tmp_path/name).write_bytes(b"x")
+    with pytest.raises(InputError, match="can be read .*got 'c.HEIC' and 1 more like it: convert them"): UnposedImages.folder(tmp_path, 8)
+    for name in ("c.HEIC", "d.jxl"): (tmp_path/name).unlink()
     (tmp_path / "b.png").write_text("no picture")
     with pytest.raises(InputError): UnposedImages.folder(tmp_path, 8)
 
@@ -332,6 +339,44 @@ def test_growing_twice_and_never_half_way(images, tmp_path):
     assert grow(s, 8, 8, C).G.resolution == 32                                       # and once more
 
 
+def test_a_run_that_ends_with_its_fade_is_fully_in(images, tmp_path):
+    "What `fit` gives back says of the new layer what its file says"
+    from posefree_kit.checkpoints import save_checkpoint
+    x = UnposedImages(torch.randint(256, (8, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)))
+    s = fit(x, tmp_path, start=grow(new_state(G8, D8, C), 8, 8, dataclasses.replace(C, fade_kimg=.008, condition_kimg=(0., .016))), kimg=.008, progress=False, device="cpu")
+    again = load_state(tmp_path/"run.state")
+    assert s.D.fade == s.d_ema.fade == again.d_ema.fade == 1. and s.D.condition == s.d_ema.condition == again.D.condition == .5
+    save_checkpoint(tmp_path/"whole", s.ema, s.d_ema)
+
+
+def test_a_start_is_for_a_folder_of_its_own_and_its_own_device(images, tmp_path):
+    begin = lambda: new_state(G8, D8, C)
+    fit(images, tmp_path, start=begin(), kimg=.004, progress=False)
+    with pytest.raises(InputError, match="without a run, to begin from `start`, got .*resume=False, which begins anew in its place"): fit(images, tmp_path, start=begin(), kimg=.008, progress=False)
+    assert load_state(tmp_path/"run.state").seen == 4 and fit(images, tmp_path, start=begin(), kimg=.008, resume=False, progress=False).seen == 8
+    with pytest.raises(InputError, match="expected a `start` on the device cpu, got one on meta"): fit(images, tmp_path/"b", start=dataclasses.replace(begin(), G=begin().G.to("meta")), kimg=.004, progress=False, device="cpu")
+
+
+def test_who_has_none_of_the_eight_draws_all_the_same(images):
+    "From nine processes on, some have none of the pictures that symmetry is asked of: what they draw afterwards must be what others draw"
+    from posefree_kit.core import Part
+    from posefree_kit.generator import Planes
+    from posefree_kit.training import symmetry_loss
+    G = new_state(G8, D8, C).G
+    planes, streams = G.planes(G.w_avg.expand(8, -1)), []
+    for rows in (torch.arange(8), torch.arange(0)):
+        streams.append(rng(1))
+        loss = symmetry_loss(G, Planes(*(x[rows] for x in planes)), Part(streams[-1], 8, rows), 8)
+    assert loss == 0 and torch.equal(streams[0].get_state(), streams[1].get_state())
+
+
+def test_the_encoder_works_in_bfloat16_but_for_its_heads(images):
+    s, seen = new_state(G8, D8, dataclasses.replace(ENCODE, bf16=True)), []
+    for part in (s.E.body, s.E.w, s.E.deltas): part.register_forward_hook(lambda m, i, o: seen.append(o.dtype))
+    parts = train_step(s, images)
+    assert seen == 2 * [torch.bfloat16, torch.float32, torch.float32] and all(math.isfinite(v) for v in parts.values())
+
+
 def test_a_batch_of_one_goes_on(images, tmp_path):
     one = dataclasses.replace(C, batch=1)
     fit(images, tmp_path, G8, D8, one, kimg=.001, progress=False, device="cpu", watch=lambda s: dict(yaw_r=math.nan))
@@ -369,7 +414,7 @@ def test_a_folder_of_pictures_is_read_whole_or_refused(tmp_path):
     for name in ("a.png", "b.tif", "c.ppm"): full(8, 8).save(tmp_path/name)
     np.save(tmp_path/"d.npy", np.full((2, 3, 8, 8), 255, np.uint8))
     assert len(x := UnposedImages.folder(tmp_path, 8)) == 5 and int(x.images.min()) == 255
-    for name, write, said in (("e.npy", lambda p: np.save(p, np.ones((2, 3, 8, 8), np.float32)), "uint8 in 'e.npy'.*float32"), ("f.npy", lambda p: p.write_bytes(b"\x93NUMPY cut"), "in 'f.npy'"), ("h.npy", lambda p: np.savez(p.open("wb"), x=np.ones(2)), "in 'h.npy', got an archive of arrays"), ("g.png", lambda p: full(8, 12).save(p), "square images to train on, got 'g.png' of 12 x 8")):
+    for name, write, said in (("e.npy", lambda p: np.save(p, np.ones((2, 3, 8, 8), np.float32)), "uint8 in 'e.npy'.*float32"), ("i.npy", lambda p: np.save(p, np.ones((2, 3, 8, 9), np.uint8)), "in 'i.npy', got .2, 3, 8, 9"), ("f.npy", lambda p: p.write_bytes(b"\x93NUMPY cut"), "in 'f.npy'"), ("h.npy", lambda p: np.savez(p.open("wb"), x=np.ones(2)), "in 'h.npy', got an archive of arrays"), ("g.png", lambda p: full(8, 12).save(p), "square images to train on, got 'g.png' of 12 x 8")):
         write(tmp_path/name)
         with pytest.raises(InputError, match=said): UnposedImages.folder(tmp_path, 8)
         (tmp_path/name).unlink()
