@@ -671,6 +671,7 @@ LATENT, TUNED = "posefree_kit latent 1", ("tuned.safetensors", "tuned.json")
 
 def save_latent(inversion, config, path, **more): # more: JSON values for the metadata
     "Write an inversion's code; where a method tuned the generator, its copy too, beside it (tuned.safetensors, in full precision)"
+    if len(inversion.w) != 1: raise InputError(f"save_latent: expected the inversion of one image, got one of {len(inversion.w)}")
     meta = dict(format=LATENT, generator=inversion.report["generator"], method=inversion.report["method"], config=config_to_dict(config), config_hash=config_hash(config)) | more
     if inversion.generator is not None:
         tuned = save_checkpoint(Path(path).with_name(TUNED[0]), inversion.generator, card=dict(tuned_from=inversion.report["generator"], method=inversion.report["method"]), half=False)

@@ -25,7 +25,7 @@ from posefree_kit.optimiser import invert, quick, with_steps
 from posefree_kit.portraits import portrait
 from posefree_kit.pose import PoseFreeGenerator
 from posefree_kit.viewer import (FIELDS, FILES, KNOBS, Flipbook, Session, check_knob, cockpit, comparison, config_of, density_grid, depth_against, depth_figure, depth_image, load_latent, look, loss_plot, mesh, planned,
-                                 plotly_offline, point_figure, pose_view, replay, save_depth, save_session, scrubber, seen_surface, spark, steered, surface_figure, surface_level, surface_still, turntable, turntable_poses, view_points, weights_grid, write_results)
+                                 plotly_offline, point_figure, pose_view, replay, save_depth, save_latent, save_session, scrubber, seen_surface, spark, steered, surface_figure, surface_level, surface_still, turntable, turntable_poses, view_points, weights_grid, write_results)
 
 @pytest.fixture(scope="module")
 def G():
@@ -304,6 +304,8 @@ def test_save_writes_what_invert_writes(session, tmp_path, coarse):
     assert torch.equal(t["ws"], session.result().ws) and meta["config"]["geo"] == dict(points=[[0., .2]]) and meta["image"] == "face.png"
     again = replay(session.image, session.generator, tmp_path/"a"/"report.json", Plain(), Plain())
     assert torch.equal(again.ws, t["ws"])
+    two = types.SimpleNamespace(w=t["w"].repeat(2, 1))
+    with pytest.raises(InputError, match="of one image, got one of 2"): save_latent(two, SHORT, tmp_path/"two.safetensors")
 
 def test_what_is_saved_is_of_one_moment(session, monkeypatch):
     session.advance(3); session.set("geo", .2); session.advance(1)
