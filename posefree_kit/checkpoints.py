@@ -85,7 +85,7 @@ def load_generator(
         kind, settings = (OfficialReader, ReaderConfig) if info.get("reader") == "OfficialReader" else (Discriminator, DiscriminatorConfig)
         d = config_from_dict(settings, info["discriminator"])
         if d.resolution != c.resolution: raise InputError(f"{path.name}: expected a discriminator of {c.resolution} pixels, got one of {d.resolution}")
-        G.set_reader(read_network(lambda: kind(d), path, "D.").to(device).requires_grad_(False).eval())
+        G.set_reader(read_network(lambda: kind(d), path, "D.").requires_grad_(False).eval())
     G.name, G.sha256, G.source = card.get("name", path.stem), got, card.get("source")
     return G.to(device).requires_grad_(False).eval()
 
@@ -359,7 +359,7 @@ def _import(path, config, device, where, reader):
             if k.endswith("noise_strength"): p.data.zero_()
     G.name, G.sha256 = Path(where).stem, "" if isinstance(path, dict) else sha256(path)
     G.source = dict(format="PoF3D, official", file=where, sha256=G.sha256, notes=[str(h.message) for h in heard]) | notes
-    if reader and judge is not None: G.source["reader"] = _take_reader(G.to(device), judge)
+    if reader and judge is not None: G.source["reader"] = _take_reader(G, judge)
     return G.to(device).requires_grad_(False).eval()
 
 def _take_reader(G, judge) -> str: # what became of it, for the card
@@ -371,7 +371,7 @@ def _take_reader(G, judge) -> str: # what became of it, for the card
         D = official_reader(module_state(judge), G.render_resolution, kwargs.get("conv_clamp", 256.))
         if D.config.resolution != G.resolution: raise InputError(f"discriminator: expected one for {G.resolution} pixels, got one for {D.config.resolution}")
     except InputError as e: return f"left behind: {e}"
-    G.set_reader(D.to(G.w_avg.device))
+    G.set_reader(D)
     return "the discriminator's pose branch"
 
 def _official_options(config):
