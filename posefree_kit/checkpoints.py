@@ -143,6 +143,16 @@ def _scalar(dtype, data):
     order = state[1] if isinstance(state, tuple) and len(state) > 1 and state[1] in ("<", ">") and code[0] not in "<>" else ""
     return np.frombuffer(data, order + code, count=1)[0].item()
 
+# %% ../nbs/09_checkpoints.ipynb #295b627e
+def _light(make, weights:dict): # what makes a tuple, which must not be heavy: one that holds another twice, and this a third twice, would be hashed without end as a key
+    def made(reader):
+        make(reader)
+        t = reader.stack[-1]
+        inner = [weights[id(x)][0] if id(x) in weights else len(x) for x in t if isinstance(x, tuple)]
+        if len(t) + sum(inner) > 10_000: raise InputError("snapshot: expected tuples of at most 10,000 items with those inside, got more: refused")
+        if inner: weights[id(t)] = len(t) + sum(inner), t # kept: so its number stays its own
+    return made
+
 # %% ../nbs/09_checkpoints.ipynb #295b627d
 class _Bytes:
     "A file that is never asked for more than it has"
@@ -173,15 +183,6 @@ def _bounded(kind, room:list): # a container that may be made from others, as lo
         kind.__init__(self, *args)
     return type(kind.__name__, (kind,), dict(__slots__=(), __init__=made))
 
-def _light(make, weights:dict): # what makes a tuple, which must not be heavy: one that holds another twice, and this a third twice, would be hashed without end as a key
-    def made(reader):
-        make(reader)
-        t = reader.stack[-1]
-        inner = [weights[id(x)][0] if id(x) in weights else len(x) for x in t if isinstance(x, tuple)]
-        if len(t) + sum(inner) > 10_000: raise InputError("snapshot: expected tuples of at most 10,000 items with those inside, got more: refused")
-        if inner: weights[id(t)] = len(t) + sum(inner), t # kept: so its number stays its own
-    return made
-
 class SnapshotReader(pickle._Unpickler):
     "Follows a pickle without importing or running anything that it names, in bounded memory: Python's plain reader, since the fast one makes room for whatever index a file names"
     KNOWN = ("torch.nn.", "training.", "torch_utils.", "dnnlib.", "neural_renderer.")
@@ -200,7 +201,7 @@ class SnapshotReader(pickle._Unpickler):
         def refuse(reader): raise InputError("snapshot: expected tensors and settings, got a byte array: refused")
         self.dispatch.update({pickle.BUILD[0]: build, pickle.BYTEARRAY8[0]: refuse})
         weights = {}
-        self.dispatch.update({code: _light(pickle._Unpickler.dispatch[code], weights) for code, in (pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3)}) # type: ignore[attr-defined]
+        self.dispatch.update({code: _light(pickle._Unpickler.dispatch[code], weights) for code, in (pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3)})
     def find_class(self, module, name):
         key = f"{module}.{name}"
         if key not in self.names:

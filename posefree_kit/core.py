@@ -300,15 +300,7 @@ def save_json(obj, path:Path|str): # obj: JSON values
     "Write JSON, whole, readable"
     with whole_file(path) as tmp: Path(tmp).write_text(json.dumps(obj, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
-# %% ../nbs/00_core.ipynb #9c5781b7
-def config_to_dict(config) -> dict: # config: a dataclass, nested ones included
-    "A configuration as plain JSON values"
-    return json.loads(json.dumps(dataclasses.asdict(config)))
-
-def config_hash(config) -> str: # 12 hex digits
-    "A short hash of a configuration: equal settings, equal hash"
-    return sha256(json.dumps(config_to_dict(config), sort_keys=True).encode())[:12]
-
+# %% ../nbs/00_core.ipynb #9c5781b8
 def _short(v, deep:int=2) -> str: # a value out of a file, for a message: written out whole, tuples that hold each other may be longer than any memory
     if deep and type(v) in (tuple, list) and len(v) <= 8: return f"{'([' [type(v) is list]}{', '.join(_short(i, deep - 1) for i in v)}{')]'[type(v) is list]}"
     if type(v) in (str, bytes): return repr(v[:60])
@@ -323,6 +315,15 @@ def _few(v, most:int=4096) -> bool: # has a nest at most so many items, one that
         if most < 0: return False
         if isinstance(v, (list, tuple)): left.extend(v)
     return True
+
+# %% ../nbs/00_core.ipynb #9c5781b7
+def config_to_dict(config) -> dict: # config: a dataclass, nested ones included
+    "A configuration as plain JSON values"
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+def config_hash(config) -> str: # 12 hex digits
+    "A short hash of a configuration: equal settings, equal hash"
+    return sha256(json.dumps(config_to_dict(config), sort_keys=True).encode())[:12]
 
 def config_from_dict(cls:type, values:dict): # an object of `cls`
     "A configuration of class `cls` from JSON values; unknown and missing names are an `InputError` that lists them"

@@ -386,14 +386,15 @@ def march_library(): # -> ctypes.CDLL
         why = (getattr(e, "stderr", "") or str(e)).strip().splitlines()
         raise InputError(f"compiled march: expected a C++ compiler ({compiler}, or another in CXX), got: {why[0] if why else e}") from e
 
+# %% ../nbs/05_generator.ipynb #03aae871
+def _finite(x:Tensor) -> bool: # neither infinite nor NaN, which the least and the greatest hand on
+    return not x.numel() or all(v.isfinite() for v in x.aminmax())
+
 # %% ../nbs/05_generator.ipynb #03aae870
 def _call(name, field, sizes, tensors, n, s, out): # one bundle of rays of one scene
     at = lambda x: None if x is None else ctypes.c_void_p(x.data_ptr())
     status = getattr(march_library(), name)(ctypes.byref(field), *sizes, *map(at, tensors), n, s, *map(at, out))
     if status: raise InputError(f"compiled march: expected 16 / 32 / 3 or 32 / 64 / 3 plane channels / hidden / values and 2 .. 128 samples, got {sizes} and {s}")
-
-def _finite(x:Tensor) -> bool: # neither infinite nor NaN, which the least and the greatest hand on
-    return not x.numel() or all(v.isfinite() for v in x.aminmax())
 
 def _bundles(b:int, n:int): # (scene, first ray, last ray): the same on any number of threads, so the same sums
     step = n if b >= 4 else -(-n // 4)
@@ -533,6 +534,7 @@ class Generator(nn.Module):
         "`render(planes(ws), pose)`"
         return self.render(self.planes(ws), pose, **kwargs)
 
+# %% ../nbs/05_generator.ipynb #96215e7a
 def _ready(G, planes:Planes, pose:Pose, intrinsics, size) -> tuple: # planes, w of each view, pose, intrinsics, pixels a side
     "What a rendering is asked for, checked, and of the planes' device and type: single precision at least"
     size, x, n, b = size or G.config.render_resolution, full(planes.features), len(pose), len(planes.w_last)

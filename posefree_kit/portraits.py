@@ -650,7 +650,7 @@ def write_portraits(
     **options, # as in `portrait_batch`
 ) -> list: # the records in portraits.json: file, seed, size, yaw_deg, pitch_deg, changes, styles
     "Portraits as PNG files named by their seed, with their truth in one JSON file"
-    listed = lambda v: v.tolist() if hasattr(v, "tolist") else type(v)(map(listed, v)) if type(v) in (list, tuple) else v # tensors and numbers of NumPy's
+    def listed(v): return v.tolist() if hasattr(v, "tolist") else type(v)(map(listed, v)) if type(v) in (list, tuple) else v # tensors and numbers of NumPy's
     records, options = [], {k: listed(v) if k not in ("poses", "device") else v for k, v in options.items()}
     changes = {k: v for k, v in options.items() if k not in ("poses", "device", "supersample")}
     who, folder = _integers(seeds, "seeds").tolist(), Path(folder)
