@@ -133,6 +133,7 @@ def fit_frame(
     true:Pose, # (N,) poses in the world
 ) -> Tensor: # (3, 3) rotation R with R @ estimated direction = true direction
     "The one rotation between two canonical frames, by orthogonal Procrustes"
+    if not (estimated.stack().isfinite().all() and true.stack().isfinite().all()): raise InputError("expected poses of finite numbers, got others")
     if len(estimated) != len(true): raise InputError(f"expected as many estimated as true poses, got {len(estimated)} and {len(true)}")
     a, b = camera_position(estimated, 1.).double(), camera_position(true, 1.).double()
     u, _, vt = torch.linalg.svd(b.T @ a)

@@ -10,7 +10,7 @@ __all__ = ['ASSETS', 'FORMAT', 'DIRECT', 'DERIVED', 'FIXED', 'NO_EFFECT', 'REQUI
            'official_reader']
 
 # %% ../nbs/09_checkpoints.ipynb #d6326ec7
-import collections, math, pickle, re, warnings
+import collections, json, math, pickle, re, warnings
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from .camera import Pose
-from .core import Hollow, InputError, check_range, check_shape, config_from_dict, config_to_dict, ending, open_tensors, read_json, read_network, read_torch, resolve_device, save_json, sha256, tensor_bytes, whole_file
+from .core import Hollow, InputError, _short, check_range, check_shape, config_from_dict, config_to_dict, ending, open_tensors, read_json, read_network, read_torch, resolve_device, save_json, sha256, tensor_bytes, whole_file
 from .discriminator import Discriminator, DiscriminatorConfig
 from .generator import AXES, GeneratorConfig
 from .pose import PoseFreeGenerator, look_at_pose
@@ -43,9 +43,14 @@ def save_checkpoint(
     info = dict(format=FORMAT, generator=config_to_dict(generator.config), discriminator=config_to_dict(discriminator.config) if discriminator is not None else None,
                 reader=type(discriminator).__name__ if discriminator is not None else None)
     half = generator.source is None if half is None else half
-    data = tensor_bytes({k: v.to(torch.half if half else torch.float) for k, v in state.items()}, info)
+    state = {k: v.to(torch.half if half else torch.float) for k, v in state.items()}
+    if bad := [k for k, v in state.items() if not v.isfinite().all()]: raise InputError(f"save_checkpoint: expected finite numbers{' of at most 65504, the most of half precision (half=False keeps larger ones)' if half else ''}, got others in {bad[0]}")
+    data = tensor_bytes(state, info)
+    card = dict(name=path.stem, sha256=sha256(data), bytes=len(data)) | info | ({} if generator.source is None else dict(source=generator.source)) | (card or {})
+    try: json.dumps(card, allow_nan=False)
+    except (TypeError, ValueError) as e: raise InputError(f"save_checkpoint: expected a card of plain JSON values and finite numbers, got others: {e}") from e
     with whole_file(path) as tmp: tmp.write_bytes(data)
-    save_json(dict(name=path.stem, sha256=sha256(data), bytes=len(data)) | info | ({} if generator.source is None else dict(source=generator.source)) | (card or {}), path.with_suffix(".json"))
+    save_json(card, path.with_suffix(".json"))
     return path
 
 def shipped() -> list: # names
@@ -77,7 +82,7 @@ def load_generator(
     card, got = read_card(path), sha256(path)
     if card.get("sha256") != got: raise InputError(f"{path.name}: expected SHA-256 {str(card.get('sha256'))[:12]}... as its card says, got {got[:12]}... (damaged or exchanged)")
     with open_tensors(path) as (f, info): parts = {k.partition(".")[0] for k in f.keys()}
-    if info.get("format") != FORMAT: raise InputError(f"{path.name}: expected format {FORMAT!r}, got {repr(info.get('format'))[:80]}")
+    if info.get("format") != FORMAT: raise InputError(f"{path.name}: expected format {FORMAT!r}, got {_short(info.get('format'))}")
     if parts - ({"G", "D"} if info.get("discriminator") else {"G"}): raise InputError(f"{path.name}: unknown tensors {sorted(parts)[:4]}")
     c = config_from_dict(GeneratorConfig, info.get("generator"))
     G = read_network(lambda: PoseFreeGenerator(c), path, "G.")
@@ -85,7 +90,7 @@ def load_generator(
         kind, settings = (OfficialReader, ReaderConfig) if info.get("reader") == "OfficialReader" else (Discriminator, DiscriminatorConfig)
         d = config_from_dict(settings, info["discriminator"])
         if d.resolution != c.resolution: raise InputError(f"{path.name}: expected a discriminator of {c.resolution} pixels, got one of {d.resolution}")
-        G.set_reader(read_network(lambda: kind(d), path, "D.").to(device).requires_grad_(False).eval())
+        G.set_reader(read_network(lambda: kind(d), path, "D.").requires_grad_(False).eval())
     G.name, G.sha256, G.source = card.get("name", path.stem), got, card.get("source")
     return G.to(device).requires_grad_(False).eval()
 
@@ -101,7 +106,7 @@ def _only(f): # a callable that can be called and nothing else: a pickle cannot 
 
 def _persistent(meta):
     if not isinstance(meta, dict) or (meta.get("type"), meta.get("version")) != ("class", 6) or not isinstance(meta.get("class_name"), str):
-        raise InputError(f"snapshot: expected a persistent class of version 6, got {meta.get('type') if isinstance(meta, dict) else meta!r} of version {meta.get('version') if isinstance(meta, dict) else None}")
+        raise InputError(f"snapshot: expected a persistent class of version 6, got {_short(meta.get('type') if isinstance(meta, dict) else meta)} of version {_short(meta.get('version') if isinstance(meta, dict) else None)}")
     obj = _inert(meta["class_name"])()
     obj["state"] = meta.get("state")
     return obj
@@ -120,7 +125,7 @@ def _tensor(storage, offset, size, stride, *_):
     have, numbers = storage.size(), (offset, *size, *stride)
     fits = all(type(n) is int and n >= 0 for n in numbers) and len(size) <= 8 and len(size) == len(stride) and math.prod(size) <= have and \
            (0 in size or offset + sum((n - 1) * s for n, s in zip(size, stride)) < max(have, 1))
-    if not fits: raise InputError(f"snapshot: expected a tensor inside its storage of {have} numbers, got offset {offset}, size {tuple(size)}, stride {tuple(stride)}")
+    if not fits: raise InputError(f"snapshot: expected a tensor inside its storage of {have} numbers, got offset {_short(offset)}, size {_short(size)}, stride {_short(stride)}")
     return torch.empty(0, dtype=storage.dtype).set_(storage._untyped_storage, offset, tuple(size), tuple(stride))
 
 def _parameter(data, *_):
@@ -128,15 +133,25 @@ def _parameter(data, *_):
     return data
 
 def _encode(text, code):
-    if not isinstance(text, str) or code not in ("latin1", "latin-1"): raise InputError(f"snapshot: expected text as latin1, got {type(text).__name__} as {code!r}")
+    if not isinstance(text, str) or code not in ("latin1", "latin-1"): raise InputError(f"snapshot: expected text as latin1, got {type(text).__name__} as {_short(code)}")
     return text.encode("latin1")
 
 def _scalar(dtype, data):
     "A NumPy number from its bytes"
     code, state = dtype.get("code"), dtype.get("state")
-    if not isinstance(code, str) or not re.fullmatch("[<>=|]?[bfiu][1248]", code) or not isinstance(data, bytes): raise InputError(f"snapshot: expected a plain number, got NumPy's {code!r}")
+    if not isinstance(code, str) or not re.fullmatch("[<>=|]?[bfiu][1248]", code) or not isinstance(data, bytes): raise InputError(f"snapshot: expected a plain number, got NumPy's {_short(code)}")
     order = state[1] if isinstance(state, tuple) and len(state) > 1 and state[1] in ("<", ">") and code[0] not in "<>" else ""
     return np.frombuffer(data, order + code, count=1)[0].item()
+
+# %% ../nbs/09_checkpoints.ipynb #295b627e
+def _light(make, weights:dict): # what makes a tuple, which must not be heavy: one that holds another twice, and this a third twice, would be hashed without end as a key
+    def made(reader):
+        make(reader)
+        t = reader.stack[-1]
+        inner = [weights[id(x)][0] if id(x) in weights else len(x) for x in t if isinstance(x, tuple)]
+        if len(t) + sum(inner) > 10_000: raise InputError("snapshot: expected tuples of at most 10,000 items with those inside, got more: refused")
+        if inner: weights[id(t)] = len(t) + sum(inner), t # kept: so its number stays its own
+    return made
 
 # %% ../nbs/09_checkpoints.ipynb #295b627d
 class _Bytes:
@@ -185,6 +200,8 @@ class SnapshotReader(pickle._Unpickler):
             if hasattr(target, "__setstate__"): target.__setstate__(state)
         def refuse(reader): raise InputError("snapshot: expected tensors and settings, got a byte array: refused")
         self.dispatch.update({pickle.BUILD[0]: build, pickle.BYTEARRAY8[0]: refuse})
+        weights = {}
+        self.dispatch.update({code: _light(pickle._Unpickler.dispatch[code], weights) for code, in (pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3)})
     def find_class(self, module, name):
         key = f"{module}.{name}"
         if key not in self.names:
@@ -192,7 +209,7 @@ class SnapshotReader(pickle._Unpickler):
             if len(self.names) > 1000: raise InputError("snapshot: expected at most 1000 classes, got more")
             self.names[key] = _inert(name)
         return self.names[key]
-    def persistent_load(self, pid): raise InputError(f"snapshot: expected a file that is whole, got a reference to something outside ({str(pid)[:60]!r}): refused")
+    def persistent_load(self, pid): raise InputError(f"snapshot: expected a file that is whole, got a reference to something outside ({_short(pid)}): refused")
 
 def read_snapshot(path) -> dict: # usually with G, D and G_ema
     "What a snapshot holds, as inert containers; a damaged or hostile file is an `InputError`"
@@ -223,7 +240,7 @@ DIRECT = {  # official option -> field of GeneratorConfig, the value as it is
     "z_dim": "z_dim", "w_dim": "w_dim", "mapping_kwargs.num_layers": "mapping_layers", "mapping_kwargs.lr_multiplier": "mapping_rate", "mapping_kwargs.lr_multiplier_pose": "pose_rate",
     "rendering_kwargs.box_warp": "box", "rendering_kwargs.depth_resolution": "samples",
     "rendering_kwargs.depth_resolution_importance": "fine_samples", "rendering_kwargs.avg_camera_radius": "radius", "rendering_kwargs.avg_camera_pivot": "pivot",
-    "rendering_kwargs.decoder_lr_mul": "decoder_rate", "rendering_kwargs.sr_antialias": "superres_antialias", "rendering_kwargs.fov_mean": "fov_mean", "conv_clamp": "backbone_clamp",
+    "rendering_kwargs.decoder_lr_mul": "decoder_rate", "rendering_kwargs.fov_mean": "fov_mean", "conv_clamp": "backbone_clamp",
     "neural_rendering_resolution": "render_resolution", "focal": "focal", "domain": "domain"}
 DERIVED = { # official option -> what becomes of it
     "channel_base": "channels at resolution r = min(channel_base // r, channel_max), r = 4 .. 256", "channel_max": "channels",
@@ -242,7 +259,7 @@ FIXED = {   # official option -> the values that are understood, and why no othe
 NO_EFFECT = set("""c_dim fused_modconv_default init_args description batch mode doc sampling gradient constructor mapping_kwargs rendering_kwargs class_name
     rendering_kwargs.c_gen_conditioning_zero rendering_kwargs.gpc_reg_prob rendering_kwargs.c_scale rendering_kwargs.density_reg rendering_kwargs.density_reg_p_dist rendering_kwargs.reg_type
     rendering_kwargs.flip_to_dis rendering_kwargs.flip_to_disd rendering_kwargs.flip_to_disd_weight rendering_kwargs.flip_type rendering_kwargs.dis_cam_weight rendering_kwargs.pose_gd_weight
-    rendering_kwargs.detach_w_superres rendering_kwargs.nocond_output rendering_kwargs.rnd_pose_ford""".split()) # training, or the label that the mapping ignores
+    rendering_kwargs.sr_antialias rendering_kwargs.detach_w_superres rendering_kwargs.nocond_output rendering_kwargs.rnd_pose_ford""".split()) # training, or the label that the mapping ignores; `sr_antialias` is handed over and never used: the published modules resize without antialiasing
 REQUIRED = "z_dim w_dim".split() + ["rendering_kwargs." + k for k in "box_warp ray_start ray_end depth_resolution depth_resolution_importance avg_camera_radius avg_camera_pivot superresolution_module wrong".split()]
 MODULES = dict(SuperresolutionHybrid2X="2x", SuperresolutionHybrid4X="4x", SuperresolutionHybrid8X="8x", SuperresolutionHybrid8XDC="8xdc")
 
@@ -267,17 +284,17 @@ def official_config(
     if o.get("bg_kwargs") is not None: raise InputError("bg_kwargs: expected none, got a background NeRF: a second field outside the box, seen from inside out, which this kit does not have")
     if missing := [k for k in REQUIRED if k not in o and not (axes and k.endswith("wrong"))]: raise InputError(f"official configuration: missing {missing}")
     for k, (known, why) in FIXED.items():
-        if k in o and o[k] not in known: raise InputError(f"{k}: expected {' or '.join(map(repr, known))}, got {o[k]!r}: refused, since {why}")
+        if k in o and o[k] not in known: raise InputError(f"{k}: expected {' or '.join(map(repr, known))}, got {_short(o[k])}: refused, since {why}")
         if o.get(k) == "random": warnings.warn(f"{k}: 'random' draws noise afresh at every call; the stored noise is used, so that a code has one picture", stacklevel=2)
     if unknown := sorted(set(o) - set(DIRECT) - set(DERIVED) - set(FIXED) - NO_EFFECT): warnings.warn(f"official configuration: options without a meaning here, ignored: {unknown}", stacklevel=2)
     name = render("superresolution_module")
-    if name is not None and name.split(".")[-1] not in MODULES: raise InputError(f"superresolution_module: expected one of {list(MODULES)} or none, got {name!r}")
+    if name is not None and name.split(".")[-1] not in MODULES: raise InputError(f"superresolution_module: expected one of {list(MODULES)} or none, got {_short(name)}")
     learns = "none" if o.get("mapping_kwargs.cam_dim", 2) == 2 else "fov" if o.get("mapping_kwargs.learn_fov", render("learn_fov", False)) else "radius"
     base, top = o.get("channel_base", 32768), o.get("channel_max", 512)
     values = dict(mapping_layers=8, mapping_rate=.01, pose_rate=.01, backbone_clamp=256, render_resolution=64, near=render("ray_start"), far=render("ray_end")) | {field: o[k] for k, field in DIRECT.items() if k in o and o[k] is not None or k == "conv_clamp" and k in o}
     values |= dict(view_dim=0, pose_hidden=o["w_dim"], channels=[min(base // r, top) for r in (4, 8, 16, 32, 64, 128, 256)], noise=True, plane_channels=32, decoder_hidden=64, decoder_act="softplus", features=32,
                    plane_axes=axes or ("eg3d" if render("wrong") else "xyz"), density_scale=1., ball=0., background="white" if render("white_back") else "none", march="eg3d", pose_rule="look_at",
-                   superresolution="none" if name is None else MODULES[name.split(".")[-1]], superres_clamp=256. if o.get("sr_num_fp16_res", 0) > 0 else None, clamp_gain=1.,
+                   superresolution="none" if name is None else MODULES[name.split(".")[-1]], superres_clamp=256. if o.get("sr_num_fp16_res", 0) > 0 else None, superres_antialias=False, clamp_gain=1.,
                    superres_noise=(o.get("sr_noise_mode") or render("superresolution_noise_mode", "none")) != "none", pose_extra=learns, pose_mean=[render("h_mean", math.pi / 2), math.pi / 2])
     return _finish(values, o, render)
 
@@ -290,14 +307,14 @@ def _finish(values:dict, o:dict, render) -> GeneratorConfig: # camera and checks
         known = {2.7: fov_focal(18.837), 1.7: 1.025390625}
         if render("fov_mean") is not None: values["focal"] = fov_focal(render("fov_mean"))
         elif values["radius"] in known: values["focal"] = known[values["radius"]]
-        else: warnings.warn(f"official configuration: no published field of view is known for a camera at {values['radius']}; that of faces is taken: say `focal` in the configuration", stacklevel=3); values["focal"] = known[2.7]
+        else: warnings.warn(f"official configuration: no published field of view is known for a camera at {_short(values['radius'])}; that of faces is taken: say `focal` in the configuration", stacklevel=3); values["focal"] = known[2.7]
     if "domain" not in values: values["domain"] = "faces" if tuple(values["pivot"]) == (0, 0, .2) else "objects"
     for k in ("near", "far"):
-        if not isinstance(values[k], (int, float)): raise InputError(f"ray_start, ray_end: expected numbers, got {values[k]!r}: refused, since what rays do that miss the box is not recorded")
+        if not isinstance(values[k], (int, float)): raise InputError(f"ray_start, ray_end: expected numbers, got {_short(values[k])}: refused, since what rays do that miss the box is not recorded")
     c = config_from_dict(GeneratorConfig, values)
-    if c.superresolution != "none" and o.get("img_resolution", c.resolution) != c.resolution: raise InputError(f"img_resolution: expected {c.resolution} for the super-resolution {c.superresolution!r}, got {o['img_resolution']}")
+    if c.superresolution != "none" and o.get("img_resolution", c.resolution) != c.resolution: raise InputError(f"img_resolution: expected {c.resolution} for the super-resolution {c.superresolution!r}, got {_short(o['img_resolution'])}")
     sr = o.get("sr_kwargs") or {}
-    if sr.get("w_dim", c.w_dim) != c.w_dim or sr.get("activation", "lrelu") != "lrelu": raise InputError(f"sr_kwargs: expected w_dim {c.w_dim} and the activation 'lrelu', got {sr}")
+    if sr.get("w_dim", c.w_dim) != c.w_dim or sr.get("activation", "lrelu") != "lrelu": raise InputError(f"sr_kwargs: expected w_dim {c.w_dim} and the activation 'lrelu', got {_short(sr.get('w_dim'))} and {_short(sr.get('activation'))}")
     return c
 
 # %% ../nbs/09_checkpoints.ipynb #5ba45226
@@ -329,6 +346,8 @@ def check_official(G:PoseFreeGenerator, state:dict, where:str): # G: may be with
     if any(told.values()): raise InputError(f"{where}: expected the tensors of this configuration, got " + "; ".join(f"{len(v)} {k.replace('_', ' ')}: {', '.join(v[:24])}{' ...' if len(v) > 24 else ''}" for k, v in told.items() if v))
 
 # %% ../nbs/09_checkpoints.ipynb #d7895b87
+_FOREIGN = (TypeError, AttributeError, KeyError, IndexError, ValueError, ArithmeticError, RecursionError, RuntimeError) # settings of any type and value come from the file
+
 def import_official(
     path, # a snapshot (.pkl), a bare state dict (.safetensors, weights-only .pt), or a dict of tensors by their official names
     config=None, # for a bare state dict: the official configuration (JSON file or dict), or a GeneratorConfig (or its values)
@@ -340,7 +359,7 @@ def import_official(
     where = "state dict" if isinstance(path, dict) else Path(path).name
     try: return _import(path, config, device, where, reader)
     except InputError: raise
-    except (TypeError, AttributeError, KeyError, IndexError, ValueError, ArithmeticError, RecursionError, RuntimeError) as e: # settings of any type and value come from the file
+    except _FOREIGN as e:
         raise InputError(f"{where}: expected the tensors and settings of a PoF3D generator, got something else: {type(e).__name__}: {' '.join(str(e).split())[:200]}") from e
 
 def _import(path, config, device, where, reader):
@@ -359,7 +378,7 @@ def _import(path, config, device, where, reader):
             if k.endswith("noise_strength"): p.data.zero_()
     G.name, G.sha256 = Path(where).stem, "" if isinstance(path, dict) else sha256(path)
     G.source = dict(format="PoF3D, official", file=where, sha256=G.sha256, notes=[str(h.message) for h in heard]) | notes
-    if reader and judge is not None: G.source["reader"] = _take_reader(G.to(device), judge)
+    if reader and judge is not None: G.source["reader"] = _take_reader(G, judge)
     return G.to(device).requires_grad_(False).eval()
 
 def _take_reader(G, judge) -> str: # what became of it, for the card
@@ -367,11 +386,11 @@ def _take_reader(G, judge) -> str: # what became of it, for the card
     state = judge["state"]
     kwargs = state.get("_init_kwargs") if isinstance(state.get("_init_kwargs"), dict) else {}
     try:
-        if kwargs.get("architecture", "resnet") != "resnet": raise InputError(f"discriminator: expected residual blocks, got the architecture {kwargs['architecture']!r}")
+        if kwargs.get("architecture", "resnet") != "resnet": raise InputError(f"discriminator: expected residual blocks, got the architecture {_short(kwargs['architecture'])}")
         D = official_reader(module_state(judge), G.render_resolution, kwargs.get("conv_clamp", 256.))
         if D.config.resolution != G.resolution: raise InputError(f"discriminator: expected one for {G.resolution} pixels, got one for {D.config.resolution}")
-    except InputError as e: return f"left behind: {e}"
-    G.set_reader(D.to(G.w_avg.device))
+    except (InputError, *_FOREIGN) as e: return f"left behind: {e if isinstance(e, InputError) else f'{type(e).__name__}: {_short(str(e))}'}"
+    G.set_reader(D)
     return "the discriminator's pose branch"
 
 def _official_options(config):
@@ -405,7 +424,7 @@ def _official_snapshot(path) -> tuple:
 
 def plane_axes_name(axes) -> str: # axes: (3, 3, 3), three frames; a plane sees the first two coordinates of xyz @ inverse(frame)
     "Which of our plane layouts a published `plane_axes` is"
-    if not isinstance(axes, torch.Tensor) or axes.shape != (3, 3, 3): raise InputError(f"plane_axes: expected three 3 x 3 frames, got {getattr(axes, 'shape', axes)}")
+    if not isinstance(axes, torch.Tensor) or axes.shape != (3, 3, 3): raise InputError(f"plane_axes: expected three 3 x 3 frames, got {tuple(axes.shape) if isinstance(axes, torch.Tensor) else _short(axes)}")
     try: seen = torch.linalg.inv(axes.float())[..., :2]
     except RuntimeError as e: raise InputError(f"plane_axes: expected frames that can be inverted: {e}") from e
     for name, pairs in AXES.items():
@@ -482,6 +501,7 @@ def official_reader(
     if not sizes or "b4.conv.weight" not in state: raise InputError(f"discriminator: expected blocks b8 and up and b4.conv, got {', '.join(sorted(state)[:6])} ...")
     linear = "b4.cam_out.weight" in state
     if not linear and "b4.cam_out1.weight" not in state: raise InputError("discriminator: expected a pose branch (b4.cam_out1 and b4.cam_out2, or b4.cam_out), got none")
+    if flat := [k for k, n in (("b4.conv.weight", 4), (f"b4.cam_out{'' if linear else 1}.weight", 2), *((f"b{r}.conv1.weight", 4) for r in sizes)) if state[k].ndim != n]: raise InputError(f"discriminator: expected weights of convolutions and layers, got {flat[0]} of shape {tuple(state[flat[0]].shape)}")
     if linear: state = {k.replace("b4.cam_out.", "b4.cam_out1."): v for k, v in state.items()}
     width = [state[f"b{r}.conv1.weight"].shape[1] for r in sizes] + [len(state["b4.conv.weight"])]
     first = state.get(f"b{sizes[0]}.fromrgb.weight")

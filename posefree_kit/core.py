@@ -154,8 +154,10 @@ def load_image(
 ) -> Tensor: # (1, 3, H, W) in [-1, 1]
     "Read an image file safely; every way in which a file can be bad is an `InputError` of one line"
     path = Path(path)
-    if not path.is_file(): raise InputError(f"expected an image file, got {str(path)!r}: " + ("a folder" if path.is_dir() else "no such file"))
-    if path.stat().st_size == 0: raise InputError(f"expected an image file, got {str(path)!r}: the file is empty")
+    try: length = path.stat().st_size
+    except (OSError, ValueError) as e: raise InputError(f"expected an image file, got {str(path)!r}: {'no such file' if isinstance(e, FileNotFoundError) else getattr(e, 'strerror', None) or e}") from e
+    if not path.is_file(): raise InputError(f"expected an image file, got {str(path)!r}: {'a folder' if path.is_dir() else 'no file'}")
+    if not length: raise InputError(f"expected an image file, got {str(path)!r}: the file is empty")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -196,14 +198,14 @@ def _upright(img): # as the camera was held; `ImageOps.exif_transpose` writes al
 
 def _srgb(img): # colours by the profile that a file carries: phones' are wider than sRGB, printers' CMYK is no negative of RGB
     data = img.info.get("icc_profile")
-    if not data or img.mode not in ("L", "RGB", "RGBA", "CMYK"): return img
-    if "transparency" in img.info: img = img.convert("RGBA")
+    if not data or img.mode not in ("L", "LA", "P", "PA", "RGB", "RGBA", "CMYK"): return img
+    if img.mode[0] == "P" or "transparency" in img.info: img = img.convert("LA" if img.mode == "L" else "RGBA" if img.mode == "PA" or "transparency" in img.info else "RGB")
     try:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(data))
         if "srgb" in ImageCms.getProfileDescription(profile).lower(): return img
-        flat = ImageCms.profileToProfile(img.convert("RGB") if img.mode == "RGBA" else img, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        flat = ImageCms.profileToProfile(img.convert(img.mode[:-1]) if img.mode in ("LA", "RGBA") else img, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
     except (ImageCms.PyCMSError, ImportError, OSError, TypeError, ValueError): return img # a broken profile, one of another mode, or a Pillow that reads none: the numbers as they stand
-    if img.mode == "RGBA": flat.putalpha(img.getchannel("A"))
+    if img.mode in ("LA", "RGBA"): flat.putalpha(img.getchannel("A"))
     return flat
 
 # %% ../nbs/00_core.ipynb #505211f9
@@ -253,7 +255,7 @@ def whole_file(
     try: path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise InputError(f"expected a folder that can be written, got {str(path.parent)!r}: {e.strerror or e}") from e
     head, end = f".{path.stem.encode()[:80].decode(errors='ignore')}.{sha256(platform.node().encode())[:6]}-", f".tmp{path.suffix}"
-    tmp = path.with_name(f"{head}{os.getpid()}{end}")
+    tmp = path.with_name(f"{head}{os.getpid()}-{os.urandom(4).hex()}{end}") # threads of one process may write the same file
     try:
         _sweep(path.parent, head, end)
         yield tmp
@@ -266,7 +268,7 @@ def whole_file(
 
 def _sweep(folder, head, end): # temporary files of processes of this machine that are no more
     for old in folder.glob(f"{glob.escape(head)}*{glob.escape(end)}"):
-        try: os.kill(int(old.name[len(head):-len(end)]), 0)
+        try: os.kill(int(old.name[len(head):-len(end)].partition("-")[0]), 0)
         except ProcessLookupError: old.unlink(missing_ok=True)
         except (ValueError, PermissionError): pass # not ours to judge
 
@@ -290,12 +292,29 @@ def memory_advice(advice:str): # what takes less
 
 def save_image(x:Tensor, path): # x: (1, 3, H, W) or (3, H, W) in [-1, 1]; format by the suffix of path
     "Write a tensor as an image file, whole, without metadata"
-    img = tensor_to_image(x)
+    img, suffix = tensor_to_image(x), Path(path).suffix
+    if Image.registered_extensions().get(suffix.lower()) not in Image.SAVE: raise InputError(f"expected a picture's ending that can be written, such as .png or .jpg, got {suffix or 'none'!r} in {str(path)!r}")
     with whole_file(path) as tmp: img.save(tmp)
 
 def save_json(obj, path:Path|str): # obj: JSON values
     "Write JSON, whole, readable"
     with whole_file(path) as tmp: Path(tmp).write_text(json.dumps(obj, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+# %% ../nbs/00_core.ipynb #9c5781b8
+def _short(v, deep:int=2) -> str: # a value out of a file, for a message: written out whole, tuples that hold each other may be longer than any memory
+    if deep and type(v) in (tuple, list) and len(v) <= 8: return f"{'([' [type(v) is list]}{', '.join(_short(i, deep - 1) for i in v)}{')]'[type(v) is list]}"
+    if type(v) in (str, bytes): return repr(v[:60])
+    return repr(v) if v is None or type(v) in (bool, float) or type(v) is int and abs(v) < 2 ** 64 else type(v).__name__
+
+def _few(v, most:int=4096) -> bool: # has a nest at most so many items, one that is there twice counted twice?
+    left = [v]
+    while left:
+        v = left.pop()
+        if isinstance(v, dict): v = [*v, *v.values()]
+        if isinstance(v, (list, tuple)): most -= len(v)
+        if most < 0: return False
+        if isinstance(v, (list, tuple)): left.extend(v)
+    return True
 
 # %% ../nbs/00_core.ipynb #9c5781b7
 def config_to_dict(config) -> dict: # config: a dataclass, nested ones included
@@ -313,10 +332,11 @@ def config_from_dict(cls:type, values:dict): # an object of `cls`
     if unknown := sorted(set(values) - set(fields)): raise InputError(f"{cls.__name__}: unknown settings {unknown}; known are {sorted(fields)}")
     required = {n for n, f in fields.items() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING}
     if missing := sorted(required - set(values)): raise InputError(f"{cls.__name__}: missing settings {missing}")
+    if many := [n for n, v in values.items() if not _few(v)]: raise InputError(f"{cls.__name__}.{many[0]}: expected at most 4096 items, got more")
     def tupled(v, deep=0): return tuple(tupled(i, deep + 1) for i in v) if isinstance(v, (list, tuple)) and deep < 8 else v
     values = {n: tupled(v) for n, v in values.items()}
     for n, v in values.items():
-        if not _fits(v, fields[n].type): raise InputError(f"{cls.__name__}.{n}: expected {getattr(fields[n].type, '__name__', fields[n].type)}, got {repr(v)[:80]}")
+        if not _fits(v, fields[n].type): raise InputError(f"{cls.__name__}.{n}: expected {getattr(fields[n].type, '__name__', fields[n].type)}, got {_short(v)}")
     try: return cls(**values)
     except (TypeError, OverflowError) as e: raise InputError(f"{cls.__name__}: {e}") from e
 
@@ -331,7 +351,7 @@ def check_range(config, low, high, *names:str): # low <= value <= high; of a tup
     for name in names:
         v = getattr(config, name)
         if any(isinstance(x, bool) or not isinstance(x, (int, float)) or not low <= x <= high for x in (v if isinstance(v, tuple) else (v,))):
-            raise InputError(f"{type(config).__name__}.{name}: expected {low} to {high}, got {repr(v)[:80]}")
+            raise InputError(f"{type(config).__name__}.{name}: expected {low} to {high}, got {_short(v)}")
 
 # %% ../nbs/00_core.ipynb #7f1d0a02
 def parse_json(text, where:str): # text: str or bytes
@@ -375,7 +395,9 @@ def tensor_bytes(tensors:dict, values:dict) -> bytes: # values: JSON, for the me
 
 def save_tensors(tensors:dict, path, **values): # values: JSON
     "Write tensors and values as one file, whole, with its `tensor_digest` inside"
-    tensors, values = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}, json.loads(json.dumps(values))
+    try: values = json.loads(json.dumps(values, allow_nan=False))
+    except ValueError as e: raise InputError(f"{Path(path).name}: expected finite numbers among the values, got others: {e}") from e # no reader would take them
+    tensors = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
     data = tensor_bytes(tensors, values | dict(sha256=tensor_digest(tensors, values)))
     with whole_file(path) as tmp: tmp.write_bytes(data)
 
@@ -392,7 +414,7 @@ def open_tensors(path): # -> the open file, and its values
 def load_tensors(path, kind:str="") -> tuple: # tensors, values; kind: the `format` that the values must name
     "Read back what `save_tensors` wrote; a file that is damaged, or of another kind, is an `InputError`"
     with open_tensors(path) as (f, values): tensors = {k: f.get_tensor(k) for k in f.keys()}
-    if kind and values.get("format") != kind: raise InputError(f"{Path(path).name}: expected format {kind!r}, got {repr(values.get('format'))[:80]}")
+    if kind and values.get("format") != kind: raise InputError(f"{Path(path).name}: expected format {kind!r}, got {_short(values.get('format'))}")
     told, got = values.pop("sha256", None), tensor_digest(tensors, values)
     if told != got: raise InputError(f"{Path(path).name}: expected SHA-256 {str(told)[:12]} as it says inside, got {got[:12]} (damaged or exchanged)")
     return tensors, values

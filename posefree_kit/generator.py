@@ -11,7 +11,7 @@ __all__ = ['AXES', 'SUPERRESOLUTION', 'MARCH', 'FLAGS', 'sample_planes_plain', '
            'pof3d_config']
 
 # %% ../nbs/05_generator.ipynb #761775fb
-import ctypes, functools, hashlib, itertools, math, os, platform, re, shlex, shutil, subprocess
+import ctypes, functools, hashlib, itertools, math, os, platform, re, shlex, shutil, subprocess, threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from torch import nn, Tensor
 from .camera import FOCAL, RADIUS, Pose, cam2world, intrinsics as pinhole, rays
 from .core import InputError, check_range, check_shape, whole_file
 from .rendering import Rays, coarse_depths, render_rays, render_rays_eg3d, softplus_density
-from .stylegan import Linear, Mapping, Synthesis, SynthesisBlock, lrelu
+from .stylegan import Linear, Mapping, Synthesis, SynthesisBlock, full, lrelu
 
 # %% ../nbs/05_generator.ipynb #12b625e6
 AXES = {"xyz": ((0, 1), (0, 2), (2, 1)),  # three different planes: ours
@@ -142,6 +142,11 @@ class WeightedRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         rows, index, weight = ctx.saved_tensors
+        if torch.is_grad_enabled(): # a gradient that is to be differentiated again, which that of an embedding bag cannot be
+            asked = [x for x, needed in zip((rows, weight), ctx.needs_input_grad[::2]) if needed]
+            got = iter(torch.autograd.grad((rows[index] * weight[..., None]).sum(1), asked, g, create_graph=True))
+            g_rows, g_weight = (next(got) if needed else None for needed in ctx.needs_input_grad[::2])
+            return g_rows, None, g_weight
         return add_rows(g, index, weight, len(rows)) if ctx.needs_input_grad[0] else None, None, row_dots(g, rows, index) if ctx.needs_input_grad[2] else None
 
 def scene_rows(table:Table, points:int, device): # a number or (B M,) int32
@@ -225,6 +230,9 @@ class GeneratorConfig:
         if not 0 <= self.view_dim < min(self.z_dim, self.w_dim): raise InputError(f"GeneratorConfig.view_dim: expected 0 .. w_dim - 1, got {self.view_dim}")
         if self.background == "white" and self.march != "eg3d": raise InputError("GeneratorConfig: a white background is part of the march 'eg3d'")
         if self.pose_extra != "none" and self.pose_rule != "look_at": raise InputError(f"GeneratorConfig.pose_extra: expected pose_rule='look_at' with a third output ({self.pose_extra!r}), got {self.pose_rule!r}")
+        for name in ("backbone_clamp", "superres_clamp"):
+            if getattr(self, name) is not None: check_range(self, 1e-6, 1e12, name)
+        if self.march == "eg3d" and self.fine_samples and self.samples < 3: raise InputError(f"GeneratorConfig.samples: expected at least 3 along a ray where the march 'eg3d' places fine samples by their weights, got {self.samples}")
         if self.samples < 2: raise InputError(f"GeneratorConfig.samples: expected at least 2 along a ray, got {self.samples}")
         if not self.mapping_layers and self.z_dim != self.w_dim: raise InputError(f"GeneratorConfig: without a mapping layer, expected z_dim == w_dim, got {self.z_dim} and {self.w_dim}")
         if self.view_dim and self.z_dim != self.w_dim: raise InputError("GeneratorConfig: a view part needs z_dim == w_dim")
@@ -236,7 +244,8 @@ class GeneratorConfig:
     @property
     def resolution(self) -> int: # pixels a side of the final image
         spec = SUPERRESOLUTION[self.superresolution]
-        return self.render_resolution if spec is None else spec[0] * 2 ** sum(up for _, up in spec[1])
+        if spec is None: return self.render_resolution
+        return (max(spec[0], self.render_resolution) if self.superresolution == "4x" else spec[0]) * 2 ** sum(up for _, up in spec[1]) # "4x" keeps more rays than it asks for
 
 # input size, then (channels, doubles the size) of each block: the super-resolution modules published with EG3D and PoF3D
 SUPERRESOLUTION = {"none": None, "2x": (64, ((128, False), (64, True))), "4x": (128, ((128, False), (64, True))),
@@ -324,8 +333,9 @@ class FrozenField(torch.autograd.Function):
     def backward(ctx, g_raw, g_values):
         (rows, xyz, values, index, weight, x), (table, box, decoder, chunk) = ctx.saved_tensors, ctx.how
         if torch.is_grad_enabled(): # gradients that are to be differentiated again
-            out = decoder(sample_table(table._replace(rows=rows), xyz, box))
-            return *torch.autograd.grad(out, (rows, xyz), (g_raw, g_values), create_graph=True), *(None,) * 4
+            out, asked = decoder(sample_table(table._replace(rows=rows), xyz, box)), [x for x, needed in zip((rows, xyz), ctx.needs_input_grad) if needed]
+            got = iter(torch.autograd.grad(out, asked, (g_raw, g_values), create_graph=True))
+            return *(next(got) if needed else None for needed in ctx.needs_input_grad[:2]), *(None,) * 4
         d, bags = decoder.fixed(rows.dtype), bag_starts(min(chunk, len(x)), index)
         g_x, g_raw, g_values = torch.empty_like(x), g_raw.reshape(-1), g_values.reshape(values.shape)
         points = xyz.reshape(-1, 3).T.contiguous() if ctx.needs_input_grad[1] else None
@@ -358,6 +368,8 @@ def _processor() -> tuple: # of words that tell one from another: what is built 
     told = Path("/proc/cpuinfo").read_text(errors="replace").split("\n\n")[0].splitlines() if Path("/proc/cpuinfo").exists() else [platform.processor()]
     return platform.machine(), *(line for line in told if not re.match(r"processor|cpu MHz|bogomips|apicid|initial apicid|core id|physical id", line))
 
+_building = threading.Lock() # one thread builds, the others wait
+
 @functools.cache
 def march_library(): # -> ctypes.CDLL
     "Build march.cpp with $CXX or c++, once for this machine (kept in $XDG_CACHE_HOME or ~/.cache)"
@@ -365,13 +377,18 @@ def march_library(): # -> ctypes.CDLL
     key = hashlib.sha256(source + repr((compiler, FLAGS, platform.node(), *_processor())).encode()).hexdigest()[:16]
     path = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))/"posefree_kit"/f"march-{key}.so"
     try:
-        if not path.exists():
-            if not shutil.which(shlex.split(compiler)[0]): raise OSError("no such program")
-            with whole_file(path) as tmp: subprocess.run([*shlex.split(compiler), *FLAGS, "-o", str(tmp), str(MARCH)], check=True, capture_output=True, text=True)
+        with _building:
+            if not path.exists():
+                if not shutil.which(shlex.split(compiler)[0]): raise OSError("no such program")
+                with whole_file(path) as tmp: subprocess.run([*shlex.split(compiler), *FLAGS, "-o", str(tmp), str(MARCH)], check=True, capture_output=True, text=True)
         return ctypes.CDLL(str(path))
     except (OSError, ValueError, subprocess.CalledProcessError) as e:
         why = (getattr(e, "stderr", "") or str(e)).strip().splitlines()
         raise InputError(f"compiled march: expected a C++ compiler ({compiler}, or another in CXX), got: {why[0] if why else e}") from e
+
+# %% ../nbs/05_generator.ipynb #03aae871
+def _finite(x:Tensor) -> bool: # neither infinite nor NaN, which the least and the greatest hand on
+    return not x.numel() or all(v.isfinite() for v in x.aminmax())
 
 # %% ../nbs/05_generator.ipynb #03aae870
 def _call(name, field, sizes, tensors, n, s, out): # one bundle of rays of one scene
@@ -388,20 +405,22 @@ def _each(f, tasks):
     with ThreadPoolExecutor(torch.get_num_threads()) as pool: return list(pool.map(lambda x: f(*x), tasks))
 
 class CompiledMarch(torch.autograd.Function):
-    "table (B, 3, h, w, C), origins and dirs (B, N, 3), t (B, N, S), decoder weights -> values (B, N, F), depth sum (B, N), weight (B, N)"
+    "table (B, 3, h, w, C), origins and dirs (B, N, 3), t (B, N, S), decoder weights -> values (B, N, F), depth sum (B, N), weight (B, N); NaN in a scene that is not all of finite numbers, which the compiler takes for granted"
     @staticmethod
     def forward(ctx, field, table, o, d, t, w1, b1, w2, b2):
-        x = [a.detach().contiguous() for a in (table, o, d, t, w1, b1, w2, b2)]
+        x = [a.detach().float().contiguous() for a in (table, o, d, t, w1, b1, w2, b2)]
         ctx.save_for_backward(*x); ctx.field = field
         (b, n, s), sizes = t.shape, (table.shape[-1], len(w1), len(w2) - 1)
-        out = [o.new_empty(b, n, sizes[2]), o.new_empty(b, n), o.new_empty(b, n)]
-        _each(lambda i, j, k: _call("march_forward", field, sizes, (x[0][i], *(a[i, j:k] for a in x[1:4]), *x[4:]), k - j, s, [a[i, j:k] for a in out]), _bundles(b, n))
+        ctx.sound = [all(map(_finite, x[4:])) and all(_finite(a[i]) for a in x[:4]) for i in range(b)]
+        out = [x[1].new_full(shape, torch.nan) for shape in ((b, n, sizes[2]), (b, n), (b, n))]
+        _each(lambda i, j, k: ctx.sound[i] and _call("march_forward", field, sizes, (x[0][i], *(a[i, j:k] for a in x[1:4]), *x[4:]), k - j, s, [a[i, j:k] for a in out]), _bundles(b, n))
         return tuple(out)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
         x, grads = ctx.saved_tensors, [g.contiguous() for g in grads]
+        sound = [ok and all(_finite(g[i]) for g in grads) for i, ok in enumerate(ctx.sound)]
         (b, n, s), sizes = x[3].shape, (x[0].shape[-1], len(x[4]), len(x[6]) - 1)
         tasks = _bundles(b, n); many = len(tasks) // b
         table = x[0].new_zeros(b, many, *x[0].shape[1:])
@@ -409,6 +428,7 @@ class CompiledMarch(torch.autograd.Function):
         rays = [torch.empty_like(a) if any(ctx.needs_input_grad[2:4]) else None for a in x[1:3]]
         part = lambda a, i, j, k: None if a is None else a[i, j:k]
         def one(q, i, j, k):
+            if not sound[i]: [a.fill_(torch.nan) for a in (table[i], None if net is None else net[q], *(part(a, i, j, k) for a in rays)) if a is not None]; return
             _call("march_backward", ctx.field, sizes, (x[0][i], *(a[i, j:k] for a in x[1:4]), *x[4:], *(g[i, j:k] for g in grads)), k - j, s, [table[i, q % many], None if net is None else net[q], *(part(a, i, j, k) for a in rays)])
         _each(one, [(q, *task) for q, task in enumerate(tasks)])
         weights = (None,) * 4 if net is None else (g.view_as(a) for g, a in zip(net.sum(0).split([a.numel() for a in x[4:]]), x[4:]))
@@ -479,7 +499,8 @@ class Generator(nn.Module):
 
     def march(self, planes:Planes, origins:Tensor, dirs:Tensor, jitter:float=0., generator=None) -> Rays: # (B, N, 3) each
         "What rays through the scene meet"
-        c, x = self.config, planes.features
+        c, x = self.config, full(planes.features)
+        origins, dirs = origins.to(x.dtype), dirs.to(x.dtype)
         if not self.compiled or x.device.type != "cpu" or x.dtype != torch.float32:
             table = plane_table(x, c.plane_axes)
             return render_rays(lambda xyz: read_field(self.decoder, c, table, xyz), origins, dirs, c.near, c.far, c.samples, c.fine_samples, softplus_density(c.density_scale), jitter, generator)
@@ -495,13 +516,11 @@ class Generator(nn.Module):
     ) -> View:
         "Render planes from a pose; differentiable in both"
         if self.config.march == "eg3d": return render_eg3d(self, planes, pose, size, jitter, intrinsics, generator)
-        size, b, pose = size or self.config.render_resolution, len(planes.w_last), pose.to(planes.w_last.device)
-        if len(pose) % b: raise InputError(f"render: expected as many poses as latents (or a multiple), got {len(pose)} poses and {b} latents")
-        w = planes.w_last if b == 1 else planes.w_last.repeat_interleave(len(pose) // b, 0) # one style for all views of one latent
-        c2w, k = self.camera(pose)
-        o, d = rays(c2w, k if intrinsics is None else intrinsics, size)
-        share = lambda x: x.reshape(b, -1, 3) # all views of a latent are one bundle of rays: its planes are never copied
-        out = self.march(planes, share(o), share(d), jitter, generator)
+        planes, w, pose, k, size = _ready(self, planes, pose, intrinsics, size)
+        share = lambda x: x.reshape(len(planes.w_last), -1, 3) # all views of a latent are one bundle of rays: its planes are never copied
+        with torch.autocast(w.device.type, enabled=False): # a ray of bfloat16 is off by a pixel
+            o, d = rays(self.camera(pose)[0], k, size)
+            out = self.march(planes, share(o), share(d), jitter, generator)
         values, depth, weight = (x.reshape(len(pose), size * size, -1) for x in out)
         if self.background is not None:
             values = torch.cat([values[..., :3] + (1 - weight) * self.background(w, size), values[..., 3:]], -1)
@@ -515,9 +534,20 @@ class Generator(nn.Module):
         "`render(planes(ws), pose)`"
         return self.render(self.planes(ws), pose, **kwargs)
 
+# %% ../nbs/05_generator.ipynb #96215e7a
+def _ready(G, planes:Planes, pose:Pose, intrinsics, size) -> tuple: # planes, w of each view, pose, intrinsics, pixels a side
+    "What a rendering is asked for, checked, and of the planes' device and type: single precision at least"
+    size, x, n, b = size or G.config.render_resolution, full(planes.features), len(pose), len(planes.w_last)
+    if not hasattr(size, "__index__") or size < 1: raise InputError(f"render: expected a size in whole pixels, at least 1, got {size!r}")
+    if not n or not b or n % b: raise InputError(f"render: expected as many poses as latents (or a multiple), got {n} poses and {b} latents")
+    if intrinsics is not None and check_shape(intrinsics, "B 3 3", "render: intrinsics")["B"] not in (1, n): raise InputError(f"render: expected intrinsics for 1 or {n} poses, got {len(intrinsics)}")
+    w, pose = planes.w_last if b == 1 else planes.w_last.repeat_interleave(n // b, 0), pose.to(x.device, x.dtype) # one style for all views of one latent
+    k = G.camera(pose)[1] if intrinsics is None else intrinsics.to(x.device, x.dtype).expand(n, 3, 3)
+    return planes._replace(features=x), w, pose, k, size
+
 # %% ../nbs/05_generator.ipynb #2a327f6e
 def camera_eg3d(pose:Pose, radius:float, pivot:tuple) -> Tensor: # (B, 4, 4)
-    "`camera.cam2world` by the published formula, in PoF3D's own angles"
+    "`camera.cam2world` by the published formula, in PoF3D's own angles: the same up to the poles, for pitches between -90 and 90 degrees"
     h, phi = math.pi / 2 - pose.yaw, torch.arccos(pose.pitch.sin())
     norm = lambda x: F.normalize(x, dim=-1)
     r = radius if pose.radius is None else pose.radius
@@ -545,14 +575,12 @@ def render_eg3d(
     noise:tuple|None=None, # random numbers of the samples: coarse (poses, rays, samples), fine (poses, rays, fine_samples), in [0, 1]
 ) -> View:
     "Render by the rules of published generators"
-    c, size, b, pose = G.config, size or G.config.render_resolution, len(planes.w_last), pose.to(planes.w_last.device)
-    if len(pose) % b: raise InputError(f"render: expected as many poses as latents (or a multiple), got {len(pose)} poses and {b} latents")
-    w = planes.w_last if b == 1 else planes.w_last.repeat_interleave(len(pose) // b, 0) # one style for all views of one latent
-    k = G.camera(pose)[1] if intrinsics is None else intrinsics
-    share = lambda x: x.reshape(b, -1, x.shape[-1])
-    o, d = map(share, rays_eg3d(camera_eg3d(pose, c.radius, c.pivot), k, size))
-    table = plane_table(planes.features, c.plane_axes)
-    out = render_rays_eg3d(lambda xyz: read_field(G.decoder, c, table, xyz), o, d, c.near, c.far, c.samples, c.fine_samples, c.background == "white", jitter, generator, None if noise is None else tuple(map(share, noise)))
+    c, (planes, w, pose, k, size) = G.config, _ready(G, planes, pose, intrinsics, size)
+    share = lambda x: x.reshape(len(planes.w_last), -1, x.shape[-1])
+    with torch.autocast(w.device.type, enabled=False): # a ray of bfloat16 is off by a pixel
+        o, d = map(share, rays_eg3d(camera_eg3d(pose, c.radius, c.pivot), k, size))
+        table = plane_table(planes.features, c.plane_axes)
+        out = render_rays_eg3d(lambda xyz: read_field(G.decoder, c, table, xyz), o, d, c.near, c.far, c.samples, c.fine_samples, c.background == "white", jitter, generator, None if noise is None else tuple(share(x.to(o)) for x in noise))
     image = lambda x: x.reshape(len(pose), size * size, -1).mT.unflatten(-1, (size, size))
     features, depth, weight = map(image, out)
     features = features * 2 - 1

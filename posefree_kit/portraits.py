@@ -574,6 +574,8 @@ def portrait_batch(
     if not (isinstance(size, int) and 4 <= size <= 4096): raise InputError(f"expected a size of 4 to 4096 pixels, got {size!r}")
     if supersample not in (1, 2): raise InputError(f"expected supersample 1 or 2, got {supersample!r}")
     if not (poses is None or isinstance(poses, Pose)): raise InputError(f"expected poses as a Pose, got {type(poses).__name__}")
+    if poses is not None and not poses.stack().isfinite().all(): raise InputError("expected poses of finite angles, got others")
+    if poses is not None and (twice := {"yaw", "pitch"} & set(changes)): raise InputError(f"expected a viewpoint said once, as poses or as yaw and pitch, got poses and {' and '.join(sorted(twice))}")
     if poses is not None and poses.radius is not None: raise InputError("expected poses without a radius: the simulator's camera has one distance")
     n = len(seeds)
     for name, v in (("variation", variation), ("poses", poses)):
@@ -619,8 +621,10 @@ def change(p:dict, styles:dict, text:list, seeds:Tensor, changes:dict) -> tuple[
     return p, styles, text
 
 def _fill(name, value, n):
-    try: return torch.as_tensor(value, dtype=torch.float64).reshape(-1).expand(n)
+    try: x = torch.as_tensor(value, dtype=torch.float64).reshape(-1).expand(n)
     except (TypeError, ValueError, RuntimeError) as e: raise InputError(f"expected {name} as a number, or {n} of them, got {value!r}") from e
+    if not x.isfinite().all(): raise InputError(f"expected {name} as finite numbers, got {value!r}")
+    return x
 
 def _regroup(name, value, p, seeds): # light=3: as in variation 3; light=(azimuth, height); expression="smile"
     n = len(seeds)
@@ -646,10 +650,11 @@ def write_portraits(
     **options, # as in `portrait_batch`
 ) -> list: # the records in portraits.json: file, seed, size, yaw_deg, pitch_deg, changes, styles
     "Portraits as PNG files named by their seed, with their truth in one JSON file"
-    records, changes = [], {k: v for k, v in options.items() if k not in ("poses", "device", "supersample")}
+    def listed(v): return v.tolist() if hasattr(v, "tolist") else type(v)(map(listed, v)) if type(v) in (list, tuple) else v # tensors and numbers of NumPy's
+    records, options = [], {k: listed(v) if k not in ("poses", "device") else v for k, v in options.items()}
+    changes = {k: v for k, v in options.items() if k not in ("poses", "device", "supersample")}
     who, folder = _integers(seeds, "seeds").tolist(), Path(folder)
     if len(set(who)) < len(who): raise InputError("write_portraits: expected each seed once, since files are named by it; got some twice")
-    changes = {k: v.tolist() if isinstance(v, Tensor) else v for k, v in changes.items()}
     same = all(isinstance(v, (int, float, str, type(None))) or k == "light" and all(isinstance(x, (int, float)) for x in v) for k, v in options.items()) # for everybody: then a few at a time are in memory
     for part in (who[i:i + 64] for i in range(0, len(who), 64)) if same else [who]:
         made = portrait_batch(part, size, **options)

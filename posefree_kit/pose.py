@@ -41,17 +41,21 @@ class PoseFreeGenerator(Generator):
         self.source:dict|None = None # where it was imported from, for the card: set by `import_official`
         self.reader = None # a discriminator, whose pose head reads poses off images
 
+    def _apply(self, fn, *args, **kwargs): # `to`, `double`: the reader comes along to the device, and stays of its own type
+        if isinstance(self.reader, nn.Module): self.reader._apply(lambda x: x.to(fn(x).device), *args, **kwargs)
+        return super()._apply(fn, *args, **kwargs)
+
     def set_reader(self, discriminator): object.__setattr__(self, "reader", discriminator) # beside the generator, not one of its parts
 
     def read_pose(self, image:Tensor) -> Pose: # (B, 3, R, R) at the generator's resolution
         "A first guess of an image's viewpoint by the discriminator that was trained with this generator: no estimator from outside"
         if self.reader is None: raise InputError(f"generator {self.name!r}: expected a discriminator with a pose head to have come along, got none")
-        return self.reader.read_pose(image)
+        return self.reader.read_pose(image.to(next(self.reader.parameters()).dtype) if isinstance(self.reader, nn.Module) else image).to(image.dtype)
 
     def pose(self, w:Tensor) -> Pose: # (B, w_dim)
         "The viewpoint that w carries (paper, Section 3.2), from a base w, never from per-layer ws; with `view_dim=0` a truncated w has another pose than the whole one"
         check_shape(w, "B W", "w", W=self.config.w_dim)
-        return self.pose_learner(w)
+        with torch.autocast(w.device.type, enabled=False): return self.pose_learner(w.to(self.w_avg.dtype)) # in bfloat16, a pose is off by a pixel
 
     @torch.no_grad()
     def start(self, seed:int=0, samples:int=8192): # before training

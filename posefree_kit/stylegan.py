@@ -174,7 +174,9 @@ class FrozenConv(torch.autograd.Function):
         x, style, weight, bias, noise, scale, y = ctx.saved_tensors
         demodulate, up, act, clamp = ctx.how
         if torch.is_grad_enabled(): # a gradient that is to be differentiated again
-            return *torch.autograd.grad(plain_conv(x, style, weight, bias, noise, *ctx.how), (x, style), g, create_graph=True), *(None,) * 7
+            asked = [v for v, needed in zip((x, style), ctx.needs_input_grad) if needed]
+            got = iter(torch.autograd.grad(plain_conv(x, style, weight, bias, noise, *ctx.how), asked, g, create_graph=True))
+            return *(next(got) if needed else None for needed in ctx.needs_input_grad[:2]), *(None,) * 7
         gain, kind, e, g_style, change = math.sqrt(2) if act else 1., style.dtype, 0., 0., act or clamp is not None
         inner = torch.empty_like(y) if change else g # the gradient before activation and clamp
         for outer, z, n, i in strips(g, y, noise, inner):

@@ -1,11 +1,13 @@
 "Poses, positions and frames. (What holds for any pose: test_invariants.py.)"
 import json
 import math
+import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file
 from conftest import reference
 from posefree_kit.camera import FOCAL, Pose, align_pose, cam2world, camera_position, fit_frame, intrinsics, pose_of_position, rays, turn
+from posefree_kit.core import InputError
 
 angle = st.floats(-1.25, 1.25)
 
@@ -46,6 +48,10 @@ def test_align_undoes_any_rotation():
     moved = camera_position(true, 1.) @ q.T
     frame = fit_frame(pose_of_position(moved), true)
     assert torch.allclose(align_pose(pose_of_position(moved), frame).stack(), true.stack(), atol=1e-4)
+
+
+def test_a_frame_of_no_numbers_is_refused():
+    with pytest.raises(InputError, match="finite"): fit_frame(Pose.deg([0., math.nan]), Pose.deg([0., 1.]))
 
 
 def test_turn_adds(): assert torch.allclose(turn(Pose.deg(10.), math.radians(5), math.radians(-2)).degrees(), torch.tensor([[15., -2.]]), atol=1e-4)

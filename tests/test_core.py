@@ -1,5 +1,5 @@
 "Files, shapes, seeds, configuration: what must hold for any input."
-import dataclasses, struct, zlib
+import copy, dataclasses, os, struct, threading, time, zlib
 import numpy as np
 import pytest
 import torch
@@ -90,11 +90,56 @@ def test_whole_file_leaves_nothing_behind(tmp_path):
         with whole_file(tmp_path / "a.txt" / "b.txt" if (tmp_path / "a.txt").write_text("x") else None) as t: t.write_text("y")
 
 
+def test_threads_that_write_one_file_do_not_meet(tmp_path):
+    failed, together = [], threading.Barrier(4)
+    def write(text):
+        try:
+            for _ in range(5):
+                together.wait()
+                with whole_file(tmp_path/"a.txt") as t: t.write_text(text); time.sleep(.002)
+        except InputError as e: failed.append(e); together.abort()
+    threads = [threading.Thread(target=write, args=(c * 99,)) for c in "abcd"]
+    for t in threads: t.start()
+    for t in threads: t.join()
+    assert not failed and len(set((tmp_path/"a.txt").read_text())) == 1 and [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+def test_what_a_killed_process_left_is_cleared_away_and_that_of_others_stays(tmp_path):
+    with whole_file(tmp_path/"a.txt") as t: t.write_text("x"); name = t.name
+    gone, here = name.replace(f"-{os.getpid()}-", "-999999999-"), name
+    for n in (gone, here): (tmp_path/n).write_text("half")
+    with whole_file(tmp_path/"a.txt") as t: t.write_text("y")
+    assert {p.name for p in tmp_path.iterdir()} == {"a.txt", here}
+
+def test_names_of_pictures_that_cannot_be_are_refused(tmp_path):
+    for name in ("a" * 5000, "a\0b"):
+        with pytest.raises(InputError, match="expected an image file"): load_image(name)
+    for name in ("noext", "x.xyz"):
+        with pytest.raises(InputError, match="ending that can be written"): save_image(torch.zeros(1, 3, 4, 4), tmp_path/name)
+    assert not list(tmp_path.iterdir())
+
+def test_values_that_no_reader_would_take_are_not_written(tmp_path):
+    from posefree_kit.core import save_values
+    with pytest.raises(InputError, match="expected finite numbers"): save_values(dict(best=float("inf")), tmp_path/"a.state")
+    assert not list(tmp_path.iterdir())
+
+def test_a_value_that_grows_without_end_when_it_is_written_out_is_refused_at_once():
+    from posefree_kit.core import _few, _short
+    from posefree_kit.generator import GeneratorConfig
+    v, w = (), [0.] * 1000
+    for _ in range(60): v = (v, v)
+    for _ in range(7): w = [w] * 1000
+    before = time.perf_counter()
+    for nest in (v, w):
+        with pytest.raises(InputError, match="GeneratorConfig.pivot: expected at most 4096 items"): config_from_dict(GeneratorConfig, dict(pivot=nest))
+        assert len(_short(nest)) < 60 and not _few({"a": nest})
+    assert time.perf_counter() - before < .5 and _short((1, ["a", None])) == "(1, ['a', None])" and _short(2 ** 9000) == "int" and _short("a" * 999) == repr("a" * 60)
+
 def test_config_hash_sees_every_field():
     from posefree_kit.generator import GeneratorConfig
     base = GeneratorConfig()
     for f in dataclasses.fields(base):
-        if isinstance(getattr(base, f.name), float): assert config_hash(dataclasses.replace(base, **{f.name: getattr(base, f.name) + .5})) != config_hash(base), f.name
+        other = copy.copy(base); object.__setattr__(other, f.name, "something else") # whatever a valid value would be
+        assert config_hash(other) != config_hash(base), f.name
     assert config_from_dict(GeneratorConfig, config_to_dict(base)) == base
 
 
@@ -156,6 +201,19 @@ def test_a_turned_photograph_with_a_tag_that_cannot_be_written_is_read(tmp_path)
         exif = Image.Exif(); exif[0x0112] = turn; picture.save(tmp_path/"a.png", exif=exif); picture.save(tmp_path/"a.tiff", exif=exif)
         assert torch.equal(load_image(tmp_path/"a.png"), load_image(tmp_path/"a.tiff")), turn
 
+def grey_profile(gamma:float) -> bytes: # the smallest of a grey picture
+    xyz = b"XYZ " + bytes(4) + struct.pack(">3i", 63190, 65536, 54061)
+    tags = {b"desc": b"desc" + bytes(4) + struct.pack(">I", 5) + b"grey\0" + bytes(78), b"cprt": b"text" + bytes(4) + b"-\0", b"wtpt": xyz, b"kTRC": b"curv" + bytes(4) + struct.pack(">IH", 1, int(gamma * 256))}
+    body, table, at = b"", struct.pack(">I", len(tags)), 128 + 4 + 12 * len(tags)
+    for name, data in tags.items(): table += name + struct.pack(">II", at + len(body), len(data)); body += data + bytes(-len(data) % 4)
+    size = at + len(body)
+    return struct.pack(">I4sI4s4s4s", size, bytes(4), 0x02400000, b"mntr", b"GRAY", b"XYZ ") + bytes(12) + b"acsp" + bytes(28) + xyz[8:] + bytes(48) + table + body
+
+def test_grey_with_transparency_has_a_profile_too(tmp_path):
+    for mode, value, extra in (("L", 64, {}), ("LA", (64, 255), {}), ("L", 64, dict(transparency=0))):
+        Image.new(mode, (2, 2), value).save(tmp_path/"a.png", icc_profile=grey_profile(1.), **extra)
+        assert load_image(tmp_path/"a.png").mean() == pytest.approx(137 / 127.5 - 1, abs=.02), (mode, extra)
+
 def test_colours_of_a_profile_are_brought_to_srgb(tmp_path):
     from PIL import Image, ImageCms
     lab = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -169,6 +227,10 @@ def test_colours_of_a_profile_are_brought_to_srgb(tmp_path):
         assert torch.allclose(load_image(tmp_path/"odd.png")[0, :, 0, 0], plain[[1, 0, 2]], atol=.03)
     Image.new("RGB", (2, 2), (200, 30, 90)).save(tmp_path/"key.png", icc_profile=odd, transparency=(200, 30, 90))
     assert (load_image(tmp_path/"key.png") == 1).all()                               # what is transparent stays so
+    for mode in ("P", "PA"):                                                          # a palette's colours are of the profile too
+        picture = Image.new("RGB", (2, 2), (200, 30, 90)).convert("P", palette=Image.Palette.ADAPTIVE).convert(mode)
+        picture.save(tmp_path/"palette.tiff" if mode == "PA" else tmp_path/"palette.png", icc_profile=odd)
+        assert torch.allclose(load_image(tmp_path/("palette.tiff" if mode == "PA" else "palette.png"))[0, :, 0, 0], plain[[1, 0, 2]], atol=.03), mode
     from posefree_kit import core
     wide = Image.new("RGBA", (2, 2), (200, 30, 90, 77)); wide.info["icc_profile"] = ImageCms.ImageCmsProfile(ImageCms.createProfile("XYZ")).tobytes()
     assert core._srgb(wide) is wide                                                  # a profile of another kind than the picture: the numbers as they stand

@@ -1,5 +1,5 @@
 "Generator, pose learner, discriminator: structure, sharing, gradients."
-import copy, dataclasses, os, shutil
+import copy, dataclasses, os, shutil, threading
 import pytest
 import torch
 from posefree_kit.camera import Pose
@@ -77,9 +77,10 @@ def test_growing_twice_keeps_judgement():
     torch.manual_seed(0)
     D = Discriminator(DiscriminatorConfig(channels=(8, 12, 16)))
     big = grow_discriminator(D, 6)
-    x = torch.randn(4, 3, 32, 32)
-    pooled = torch.nn.functional.avg_pool2d(x, 2)
-    assert torch.allclose(big(x).score, D(pooled).score, atol=1e-5) and torch.allclose(big.read_pose(x).yaw, D.read_pose(pooled).yaw, atol=1e-5)
+    for small, large, size in ((D, big, 32), (big, grow_discriminator(big, 5), 64)):
+        small.old_rgb, small.fade, x = None, 1., torch.randn(4, 3, size, size)          # its own new layer is fully in
+        pooled = torch.nn.functional.avg_pool2d(x, 2)
+        assert torch.allclose(large(x).score, small(pooled).score, atol=1e-5) and torch.allclose(large.read_pose(x).yaw, small.read_pose(pooled).yaw, atol=1e-5)
 
 
 needs_compiler = pytest.mark.skipif(shutil.which(os.environ.get("CXX", "c++")) is None, reason="no C++ compiler here")
@@ -126,6 +127,104 @@ def test_compiled_march_refuses_what_it_cannot_do(monkeypatch):
     try:
         with pytest.raises(InputError, match="expected a C.. compiler"): Generator().compile_march()
     finally: march_library.cache_clear()
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_compiler)])
+def test_a_pose_of_another_type_and_autocast_give_the_same_picture(compiled):
+    torch.manual_seed(0)
+    G = PoseFreeGenerator(GeneratorConfig(channels=(8, 8, 8), render_resolution=12, samples=7)).start().requires_grad_(False)
+    if compiled: G.compile_march()
+    w, pose = G.mapping(G.draw(1)), Pose.deg(20., 10.)
+    planes, want = G.planes(w), G.pose(w)
+    for kind in (torch.float64, torch.bfloat16):
+        other = pose.to(kind)
+        assert torch.equal(G.render(planes, other).rgb, G.render(planes, other.to(torch.float32)).rgb) and G.render(planes, other).rgb.dtype == torch.float32
+    o, d = torch.zeros(1, 4, 3, dtype=torch.float64), torch.tensor([0., 0, -1], dtype=torch.float64).expand(1, 4, 3)
+    assert all(torch.equal(a, b) for a, b in zip(G.march(planes, o, d), G.march(planes, o.float(), d.float())))
+    with torch.autocast("cpu", torch.bfloat16): half, spoken = G.render(planes, pose), G.pose(w)
+    assert torch.equal(half.depth, G.render(planes, pose).depth) and torch.equal(spoken.yaw, want.yaw) # the rays are those of float32, though a background may be of bfloat16
+    with torch.autocast("cpu", torch.bfloat16): view = G.view(G.mapping(G.draw(1)), pose)
+    assert (view.depth - half.depth).abs().mean() < .02 and view.depth.dtype == torch.float32
+    late = G.render(planes._replace(features=planes.features.bfloat16()), pose)
+    assert (late.rgb - G.render(planes, pose).rgb).abs().mean() < .02
+
+
+def test_published_rays_are_those_of_float32_under_autocast():
+    torch.manual_seed(0)
+    G = PoseFreeGenerator(pof3d_config(width=8, channels=(8, 8), render_resolution=6, samples=5, fine_samples=4, superresolution="none", march="eg3d", pose_rule="look_at")).requires_grad_(False)
+    w, pose = torch.randn(1, 8), Pose.deg(20., 10.)
+    planes = G.planes(w)
+    with torch.autocast("cpu", torch.bfloat16): half = G.render(planes, pose)
+    assert all(torch.equal(a, b) for v in (half, G.render(planes, pose.to(torch.float64))) for a, b in zip(v, G.render(planes, pose)))
+
+
+@pytest.mark.parametrize("march", ["plain", "eg3d"])
+def test_what_cannot_be_rendered_is_refused_by_name(march):
+    G = PoseFreeGenerator(dataclasses.replace(SMALL, march=march, background="none"))
+    planes, pose = G.planes(G.mapping(G.draw(1))), Pose.deg([0., 1.])
+    def refused(match, planes, pose, **k):
+        with pytest.raises(InputError, match=match): G.render(planes, pose, **k)
+    for pixels in (1.5, -1): refused("expected a size in whole pixels", planes, pose, size=pixels)
+    refused("got 0 poses and 1 latents", planes, pose[[]]); refused("got 2 poses and 0 latents", planes[:0], pose)
+    refused("got 3", planes, pose, intrinsics=torch.eye(3).expand(3, 3, 3)); refused("render: intrinsics", planes, pose, intrinsics=torch.eye(4)[None])
+
+
+@needs_compiler
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("where", ["features", "turn", "decoder", "gradient"])
+def test_compiled_march_hands_on_what_is_not_finite(where, bad):
+    torch.manual_seed(0)
+    G = PoseFreeGenerator(GeneratorConfig(channels=(8, 8, 8), render_resolution=9, samples=7)).start().compile_march()
+    planes = G.planes(G.mapping(G.draw(2)).detach())
+    features, turn = planes.features.detach(), torch.tensor([.1, .2])
+    if where == "features": features[1] *= bad
+    if where == "turn": turn[1] = bad
+    if where == "decoder":
+        with torch.no_grad(): G.decoder.hidden.bias[3] = bad
+    v = G.render(planes._replace(features=features.requires_grad_()), Pose(turn.requires_grad_(), turn / 2))
+    gone = v.rgb.isnan().flatten(1)
+    assert gone[1].all() == (where != "gradient") and gone[0].all() == (where == "decoder") and gone[0].any() == (where == "decoder")
+    loss = v.rgb[1].sum() * (bad if where == "gradient" else 1.) + v.rgb[0].sum()
+    g_features, g_turn, *g_decoder = torch.autograd.grad(loss, [features, turn, *G.decoder.parameters()])
+    assert g_features[1].isnan().all() and g_turn[1].isnan() and all(g.isnan().all() for g in g_decoder) and (where == "decoder" or g_features[0].isfinite().all() and g_turn[0].isfinite())
+
+
+@needs_compiler
+def test_threads_build_the_march_once(tmp_path, monkeypatch):
+    script = tmp_path/"compiler"
+    script.write_text(f'#!/bin/sh\necho called >> {tmp_path/"calls"}\nsleep .2\nfor x; do case "$last" in -o) cp "{march_library()._name}" "$x";; esac; last="$x"; done\n'); script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script)); monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path/"cache"))
+    march_library.cache_clear()
+    try:
+        threads = [threading.Thread(target=march_library) for _ in range(3)]
+        for t in threads: t.start()
+        for t in threads: t.join()
+        assert (tmp_path/"calls").read_text().split() == ["called"] and march_library()._name.startswith(str(tmp_path))
+    finally: march_library.cache_clear()
+
+
+def test_settings_that_would_fail_later_are_refused():
+    for bad, match in ((dict(march="eg3d", samples=2, fine_samples=4), "at least 3"), (dict(backbone_clamp=-1.), "backbone_clamp"), (dict(superres_clamp=0.), "superres_clamp")):
+        with pytest.raises(InputError, match=match): dataclasses.replace(SMALL, **bad)
+    for rule in ("plain", "eg3d"):
+        G = PoseFreeGenerator(dataclasses.replace(SMALL, march=rule, samples=3 if rule == "eg3d" else 2, fine_samples=4, background="none"))
+        assert G.view(G.mapping(G.draw(1)), Pose.deg(0.)).rgb.isfinite().all()                # the fewest that work
+
+
+def test_the_resolution_is_that_of_the_picture():
+    for kind, size in (("2x", 72), ("4x", 136)):
+        G = PoseFreeGenerator(dataclasses.replace(SMALL, superresolution=kind, render_resolution=size, samples=2))
+        with torch.no_grad(): assert G.view(G.mapping(G.draw(1)), Pose.deg(0.)).rgb.shape[-1] == G.resolution, (kind, size)
+
+
+def test_the_reader_goes_where_the_generator_goes():
+    G, D = PoseFreeGenerator(SMALL), Discriminator(DiscriminatorConfig(channels=(8, 8)))
+    G.set_reader(D)
+    names = list(G.state_dict())
+    G.double()
+    assert G.reader is D and G.read_pose(torch.zeros(1, 3, 8, 8, dtype=torch.float64)).yaw.dtype == torch.float64
+    assert list(G.state_dict()) == names and next(G.to("meta").reader.parameters()).device.type == "meta"
+    G.set_reader(None); G.float()
 
 
 @needs_compiler

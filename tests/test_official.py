@@ -9,6 +9,7 @@ import os
 import pickle
 import subprocess
 import sys
+import time
 import warnings
 
 import pytest
@@ -21,7 +22,7 @@ from typer.testing import CliRunner
 
 from posefree_kit import cli, optimiser, rendering
 from posefree_kit.camera import Pose, rays
-from posefree_kit.checkpoints import import_official, load_generator, module_state, official_config, official_reader, plane_axes_name, read_card, read_snapshot, save_checkpoint
+from posefree_kit.checkpoints import SnapshotReader, import_official, load_generator, module_state, official_config, official_reader, plane_axes_name, read_card, read_snapshot, save_checkpoint
 from posefree_kit.core import InputError, config_from_dict, config_to_dict, sha256
 from posefree_kit.generator import GeneratorConfig, SuperResolution, render_eg3d, sample_planes_plain
 from posefree_kit.optimiser import candidates, paper
@@ -230,13 +231,13 @@ def restated(s, o, z, k):
     if r["superresolution_module"]:
         kind = r["superresolution_module"].split("Hybrid")[1]
         size, ups = dict([("2X", (64, (0, 1))), ("4X", (128, (0, 1))), ("8X", (128, (1, 1))), ("8XDC", (128, (1, 1)))])[kind]
-        if n < size or n > size and kind != "4X": f, out = (F.interpolate(t, (size, size), mode="bilinear", align_corners=False, antialias=r["sr_antialias"]) for t in (f, out))
+        if n < size or n > size and kind != "4X": f, out = (F.interpolate(t, (size, size), mode="bilinear", align_corners=False, antialias=False) for t in (f, out)) # whatever sr_antialias says
         clamp, noise = 256 if o["sr_num_fp16_res"] else None, r["superresolution_noise_mode"] == "const"
         for j, up in enumerate(ups): f, out = block(s, f"superresolution.block{j}", f, out, [w] * 3, bool(up), clamp, noise)
     return dict(w=w, pose=torch.stack([h, v], -1), radius=radius, planes=planes, image_raw=rgb, image=out, depth=depth.unflatten(-1, (n, n))[:, None], weight=seen.unflatten(-1, (n, n))[:, None])
 
 CASES = {"four times, three planes": options("4X", 256, 24, wrong=False), "ShapeNet": options("2X", 128, 64, **SHAPENET), "no super-resolution, AFHQ": options(None, 24, 24, avg_camera_pivot=[0, 0, -.06], superresolution_noise_mode="none"),
-         "eight times, noise, shrunk": options("2X", 128, 72, superresolution_noise_mode="const", sr_antialias=False, wrong=False), "eight times": options("8X", 512, 12),
+         "twice, noise, shrunk": options("2X", 128, 72, superresolution_noise_mode="const", wrong=False), "eight times": options("8X", 512, 12),
          "CompCars, radius learnt": options("2X", 128, 16, **SHAPENET | dict(avg_camera_radius=1.9, r_mean=1.9, fov_mean=40, clamp_v=(1.2, 1.9))) | dict(mapping_kwargs=dict(num_layers=3, lr_multiplier=.02, lr_multiplier_pose=.05, cam_dim=3)),
          "slow decoder, clamps that bite": options("2X", 128, 16, decoder_lr_mul=.5) | dict(conv_clamp=1.5)}
 
@@ -342,6 +343,14 @@ def test_a_discriminator_that_does_not_fit_is_named(spoil, match):
     spoil(s)
     with pytest.raises(InputError, match=match): official_reader(s)
 
+@pytest.mark.parametrize("name", ["b4.conv.weight", "b4.cam_out1.weight", "b16.conv1.weight"])
+def test_a_discriminator_of_odd_shapes_stays_behind_and_the_generator_comes(name, tmp_path):
+    path, o, judge = tmp_path/"odd.pkl", options("2X", 128, 8), judge_state(128)
+    for odd in (torch.tensor(1.), torch.ones(3)):
+        path.write_bytes(snapshot(official_state(o), o, judge=judge | {name: odd}))
+        G = import_official(path)
+        assert G.reader is None and "left behind: discriminator: expected weights of convolutions" in G.source["reader"] and name in G.source["reader"]
+
 def test_the_pose_branch_comes_along(tmp_path):
     path, o = tmp_path/"with-judge.pkl", options("2X", 128, 8)
     path.write_bytes(snapshot(official_state(o), o, judge=judge_state(128)))
@@ -436,10 +445,36 @@ def test_nothing_handed_out_keeps_what_a_pickle_sets_on_it(what, tmp_path):
     module, name = what.split()
     path = tmp_path/"x.pkl"
     for state in (pickle.dumps({"__call__": 1, "f": 2}, 2)[2:-1], pickle.dumps((None, {"__call__": 1, "__setstate__": 2}), 2)[2:-1]):
-        path.write_bytes(build(GLOBAL(module, name), state, STATE))
-        with pytest.raises(InputError): read_snapshot(path)
+        data = build(GLOBAL(module, name), state, STATE)
+        path.write_bytes(data)
+        with pytest.raises(InputError, match="expected a state for an object"): read_snapshot(path)
+        reader = SnapshotReader(io.BytesIO(data), len(data))
+        before = set(dir(reader.find_class(module, name)))
+        with pytest.raises(InputError): reader.load()
+        handed = reader.find_class(module, name)
+        assert set(dir(handed)) == before and "f" not in before and getattr(handed, "__call__", None) != 1
     import torch._utils
     assert not hasattr(torch._utils._rebuild_tensor_v2, "f") and not hasattr(collections.OrderedDict, "f")
+
+@pytest.mark.parametrize("kind", [tuple, list])
+def test_nests_that_hold_each_other_cost_nothing(kind, tmp_path):
+    "A file of some hundred bytes whose value, written out or hashed, would be longer than any memory"
+    v = kind()
+    for _ in range(60): v = kind((v, v))
+    class Pid(pickle.Pickler):
+        def persistent_id(self, obj): return v if obj == "here" else None
+    b = io.BytesIO(); Pid(b, 2).dump("here")
+    whole = lambda x: pickle.dumps(x, 2)[2:-1]
+    many = (b")" + b"2\x86" * 60) if kind is tuple else whole(v)
+    before = time.perf_counter()
+    for data in (b.getvalue(), b"\x80\x02" + many + b"Q.", build(GLOBAL("torch_utils.persistence", "_reconstruct_persistent_obj"), many, b"\x85R"), build(GLOBAL("_codecs", "encode"), whole("a"), many, b"\x86R"), build(b"}", many, whole(1), b"s")):
+        (tmp_path/"x.pkl").write_bytes(data)
+        with pytest.raises(InputError) as e: read_snapshot(tmp_path/"x.pkl")
+        assert len(str(e.value)) < 400
+    for o in (SMALL | dict(rendering_kwargs=SMALL["rendering_kwargs"] | dict(clamp_mode=v)), SMALL | dict(conv_clamp=v), SMALL | dict(sr_kwargs=dict(w_dim=v))):
+        with pytest.raises(InputError) as e: official_config(o)
+        assert len(str(e.value)) < 400
+    assert time.perf_counter() - before < 2
 
 def test_damaged_and_foreign_snapshots(tmp_path):
     path = tmp_path/"x.pkl"
@@ -513,6 +548,14 @@ def test_saved_exactly_and_loaded_again(tmp_path):
     assert torch.equal(a.rgb, b.rgb) and torch.equal(a.depth, b.depth)
     small = save_checkpoint(tmp_path/"half", G, half=True)
     assert small.stat().st_size < .6 * path.stat().st_size
+
+def test_what_no_reader_would_take_is_not_written(tmp_path):
+    G = load_generator("portraits", "cpu")
+    for card in (dict(psnr=math.nan), dict(pose=torch.zeros(2))):
+        with pytest.raises(InputError, match="card of plain JSON values"): save_checkpoint(tmp_path/"a", G, card=card)
+    G.decoder.out.bias[0] = 1e5
+    with pytest.raises(InputError, match="at most 65504.*decoder.out.bias"): save_checkpoint(tmp_path/"a", G)
+    assert not list(tmp_path.iterdir()) and load_generator(save_checkpoint(tmp_path/"a", G, half=False), "cpu").decoder.out.bias[0] == 1e5
 
 def test_import_from_a_shell(tmp_path):
     save_file(official_state(SMALL), tmp_path/"s.safetensors"); (tmp_path/"c.json").write_text(json.dumps(dict(constructor=SMALL, neural_rendering_resolution=16)))
@@ -630,3 +673,9 @@ def test_antialiasing_matters_where_features_shrink():
     sharp, soft = (SuperResolution("2x", 6, 4, antialias=a) for a in (False, True))
     soft.load_state_dict(sharp.state_dict())
     with torch.no_grad(): assert (sharp(x[:, :3], x, torch.ones(1, 4)) - soft(x[:, :3], x, torch.ones(1, 4))).abs().max() > .01
+
+def test_the_published_modules_never_antialias_whatever_the_option_says():
+    for said in (True, False):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert official_config(options("2X", 128, 16, sr_antialias=said)).superres_antialias is False

@@ -1,5 +1,6 @@
 "The portrait simulator: signs, exact truth, independence of the batch, refusals"
 import json
+import numpy as np
 import pytest, torch
 import torch.nn.functional as F
 from posefree_kit.camera import Pose, cam2world, intrinsics, project, unproject
@@ -136,7 +137,6 @@ def test_normals_agree_with_depth():
 def test_marks_and_hair_are_asymmetric():
     pose = Pose.deg([0.])
     for mark in ("mole", "patch", "scar"):
-        moved = sum((portrait(s, 64, pose, mark=mark, text=None, **PLAIN).image - portrait(s, 64, pose, mark=None, text=None, **PLAIN).image).abs().sum(1)[0] for s in (1, 4))
         one = portrait(4, 64, pose, mark=mark, text=None, **PLAIN).image - portrait(4, 64, pose, mark=None, text=None, **PLAIN).image
         one = one.abs().sum((0, 1))
         assert one.max() > .1 and (one * one.flip(1)).sum() < .3 * (one * one).sum(), mark
@@ -169,7 +169,7 @@ def test_resolutions_agree():
     (dict(glases="round"), "got 'glases'"), (dict(glasses="oval"), "among none, round, square"), (dict(hair=["short", "bald"]), "for each"), (dict(expression="bored"), "neutral"),
     (dict(light="left"), "integer"), (dict(expression=["smile"]), "neutral"), (dict(smile="much"), "smile as a number"), (dict(smile=[1., 2.]), "smile"), (dict(text="HI!"), "letters"), (dict(size=0), "4 to 4096"), (dict(size=64.), "4 to 4096"),
     (dict(seeds=[-1]), "from 0"), (dict(seeds=[1.5]), "integers"), (dict(seeds=[]), "at least one"), (dict(seeds="abc"), "integers"), (dict(variation=[1, 2]), "variation"),
-    (dict(poses=Pose.deg([0., 1.])), "poses"), (dict(device="nowhere"), "device"), (dict(poses=(0., 0.)), "Pose"), (dict(supersample=3), "supersample")])
+    (dict(poses=Pose.deg([0., 1.])), "poses"), (dict(device="nowhere"), "device"), (dict(poses=(0., 0.)), "Pose"), (dict(poses=Pose.deg(0.), yaw=.8), "viewpoint said once"), (dict(poses=Pose.deg(float("nan"))), "finite angles"), (dict(smile=float("nan")), "smile as finite"), (dict(yaw=float("inf")), "yaw as finite"), (dict(supersample=3), "supersample")])
 def test_refusals(bad, says):
     with pytest.raises(InputError) as e: portrait_batch(**(dict(seeds=[1], size=16) | bad))
     assert says in str(e.value) and "\n" not in str(e.value)
@@ -203,6 +203,13 @@ def test_many_are_drawn_a_few_at_a_time_and_are_the_same(tmp_path):
     one = portrait(HELD_OUT + 66, 16)
     assert len(many) == 70 and many[66]["yaw_deg"] == round(float(one.pose.degrees()[0, 0]), 4) and (load_image(tmp_path/f"portrait_{HELD_OUT + 66}.png") - one.image).abs().max() < .01
     write_portraits(range(70), tmp_path/"lit", 16, light=([.1] * 70, [.2] * 70))            # what differs from one to the next is drawn together
+
+def test_numbers_of_other_libraries_are_written_as_plain_ones(tmp_path):
+    changes = dict(yaw=np.array([.1, .2]), smile=np.float64(.5), glasses=np.array(["round", "none"]), light=(torch.tensor(.1), np.float32(.5)))
+    records = write_portraits([HELD_OUT, HELD_OUT + 1], tmp_path, 16, **changes)
+    assert json.loads((tmp_path/"portraits.json").read_text()) == json.loads(json.dumps(records)) and records[0]["changes"]["yaw"] == [.1, .2] and records[0]["changes"]["smile"] == .5
+    plain = portrait_batch([HELD_OUT, HELD_OUT + 1], 16, yaw=[.1, .2], smile=.5, glasses=["round", "none"], light=(.1, .5))
+    assert (load_image(tmp_path/records[0]["file"]) - plain.image[:1]).abs().max() < .01
 
 def test_no_picture_replaces_another(tmp_path):
     with pytest.raises(InputError, match="each seed once"): write_portraits([HELD_OUT, HELD_OUT], tmp_path, 16, variation=[0, 1])

@@ -100,6 +100,22 @@ def test_frozen_convolution_has_second_derivatives(up):
     assert torch.autograd.gradcheck(f, (x, s)) and torch.autograd.gradgradcheck(f, (x, s))
 
 
+@pytest.mark.parametrize("name", ["ours", "official"])
+@pytest.mark.parametrize("learn", ["pose", "ws", "pose and ws"])
+def test_a_frozen_generator_has_second_derivatives(name, learn):
+    "Of a view with respect to the pose alone, the code alone, and both: those of the generator with weights that learn"
+    G = generator(dataclasses.replace(CONFIGS[name], render_resolution=3, samples=3, fine_samples=0))
+    frozen, ws, angles = copy.deepcopy(G).requires_grad_(False), G.mapping(torch.randn(1, G.config.z_dim, dtype=torch.float64)).detach(), torch.tensor([[.2, .1]], dtype=torch.float64)
+    def twice(view):
+        x = [v.clone().requires_grad_() for v, k in ((ws, "ws"), (angles, "pose")) if k in learn]
+        given = dict(zip([k for k in ("ws", "pose") if k in learn], x))
+        v = view(given.get("ws", ws), Pose.of(given.get("pose", angles)))
+        once = torch.autograd.grad(v.rgb.pow(3).sum() + v.depth.square().sum(), x, create_graph=True)
+        return [*once, *torch.autograd.grad(sum(g.square().sum() for g in once), x)]
+    want = twice(lambda ws, pose: naive.render(G, naive.planes(G, G.expand_ws(ws)), pose))
+    same(twice(frozen.view), want, 1e-7); same(twice(G.view), want, 1e-7)
+
+
 def test_a_style_of_zero_has_a_gradient():
     "Nothing is divided by the style"
     x, s, weight = torch.randn(1, 3, 9, 9), torch.tensor([[0., 1, -1]], requires_grad=True), torch.randn(4, 3, 3, 3)
