@@ -559,9 +559,8 @@ def train(
     if easy_images and not images: raise InputError("--easy: expected --images too; of simulated portraits, begin with --plain")
     if old and not pose_conditioned and old.D.config.pose_conditioned: raise InputError("--no-pose-conditioned: expected a run that began with it, got one whose discriminator is told the pose")
     where, trained = resolve_device(device), load_generator(start, device) if start else None
-    march_for(compiled, where)
+    march_for(compiled, where); batch, seed, encode = 32 if batch is None else batch, seed or 0, encode or 0.
     if trained and size not in (None, trained.resolution): raise InputError(f"--size: expected {trained.resolution}, the size of {start}, or none, got {size}")
-    batch, seed, encode = 32 if batch is None else batch, seed or 0, encode or 0.
     config = config_from_dict(TrainConfig, dict(batch=batch, seed=seed, encode_share=encode, r1_gamma=.05 * ((trained.resolution if trained else size or 32) / 32) ** 2) | given)
     encoder = own_encoder(trained, start) if trained and encode else None
     state = None if resume else go_on_with(widen(trained, wide, trained.config.look_dim, seed) if wide else trained, config, encoder) if start else grown(grow_from, size, config, where, given) if grow_from else None

@@ -117,10 +117,8 @@ def cut_out(
     p = torch.stack(torch.meshgrid(u, u, indexing="xy"), -1) * side @ rotation(roll).T + centre.cpu()
     grid = ((p + .5) / torch.tensor([w, h]) * 2 - 1)[None]
     outside = ((grid.abs() - 1).clamp(min=0) * torch.tensor([w, h]) / (2 * side)).amax(-1)[:, None] # 0 inside; beyond the edge, in crop widths
-    image = image.float().cpu()
-    if side > 8 * size: image = F.interpolate(image, [max(1, round(n * 8 * size / side)) for n in (h, w)], mode="bilinear", antialias=True) # its pixels as large as a sample
-    x = F.avg_pool2d(F.grid_sample(image, grid, mode="bilinear", padding_mode="reflection", align_corners=False), fine)
-    outside = F.avg_pool2d(outside, fine)
+    x = image.float().cpu() if side <= 8 * size else F.interpolate(image.float().cpu(), [max(1, round(n * 8 * size / side)) for n in (h, w)], mode="bilinear", antialias=True) # pixels as large as a sample
+    x, outside = (F.avg_pool2d(v, fine) for v in (F.grid_sample(x, grid, mode="bilinear", padding_mode="reflection", align_corners=False), outside))
     return _soften(x, outside), float((outside > 0).float().mean())
 
 def _soften(x, outside): # blur by distance beyond the edge, in crop widths
