@@ -13,6 +13,7 @@ __all__ = ['app', 'FRAMINGS', 'SPLIT', 'say', 'out_of', 'command', 'complete', '
 import functools, json, math, os, sys, tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any, Optional
 import typer
 
@@ -123,9 +124,10 @@ def check_cut(align:bool, background:str, framing:str):
     if framing not in FRAMINGS: raise InputError(f"expected a framing among {', '.join(FRAMINGS)}; got {framing!r}")
     if not align and (background, framing) != ("keep", "auto"): raise InputError(f"expected --background and --framing with --align, which cuts the face out, got {f'--background {background}' if background != 'keep' else f'--framing {framing}'} without it")
 
-def check_encoder(encoder:Optional[Path], method:str):
+def check_encoder(encoder:Optional[Path], method:str, preset:str="quick", steps:Optional[int]=None): # preset, steps: as asked for; the method of one look has none
     "A latent encoder is named for the methods that begin with one alone"
     from posefree_kit.core import InputError
+    if method == "encoder" and (preset != "quick" or steps is not None): raise InputError(f"expected --preset and --steps with methods that optimise, got {f'--preset {preset}' if steps is None else f'--steps {steps}'} with encoder, which takes one look")
     if encoder and not method.startswith("encoder"): raise InputError(f"expected --encoder with the methods encoder and encoder+latent, got it with {method}")
 
 def photo(path, side:int, background:str, framing) -> tuple: # image (1, 3, side, side), what is known of the alignment, warnings
@@ -137,29 +139,30 @@ def photo(path, side:int, background:str, framing) -> tuple: # image (1, 3, side
 
 def read_square(path, job:Job): # -> image (1, 3, S, S), what is known of the alignment
     "The image as the generator's camera would have seen it"
-    from posefree_kit.core import InputError, load_image
+    from posefree_kit import scale as many
     if job.align:
         image, known, warnings = photo(path, max(256, job.generator.resolution), job.background, job.framing)
         for text in warnings: say(f"note: {path}: {text}", err=True)
         return image, known
-    image = load_image(path)
-    h, w = image.shape[-2:]
-    if h != w: raise InputError(f"expected a square image (or --align, which finds and cuts out the face), got {w} x {h} pixels")
-    if h < job.generator.resolution: say(f"note: {path}: {h} pixels a side are fewer than the generator's {job.generator.resolution}; enlarged", err=True)
-    return image, None
+    image, known = many.read_square(path)
+    if (h := image.shape[-1]) < job.generator.resolution: say(f"note: {path}: {h} pixels a side are fewer than the generator's {job.generator.resolution}; enlarged", err=True)
+    return image, known
 
 # %% ../nbs/18_cli.ipynb #b1e44c87
+def _made(folder) -> list: # names of an image's files that are there; removed from the end, the report first
+    from posefree_kit.viewer import FILES, TUNED
+    return [n for n in ("last-good.safetensors", "aligned.png", *TUNED, *FILES) if (folder/n).exists()]
+
 def claim(path:Path, job:Job) -> Path: # the folder of an image's results
     "Where the results go, if they may"
     from posefree_kit.core import InputError
-    from posefree_kit.viewer import FILES
     stem = path.stem if path.stem not in (".", "..", "") else path.name
     folder = job.out/stem
     same = next((f for f in job.taken if f == folder or f.name.lower() == folder.name.lower() and f.exists() and folder.exists() and f.samefile(folder)), None) # some file systems do not tell A from a
     if same: raise InputError(f"expected images of different names, got {path.name!r} again: its results would go to the folder of {str(job.taken[same])!r}")
     job.taken[folder] = path
     if folder.exists() and folder.resolve().parent != job.out.resolve(): raise InputError(f"expected a folder inside {str(job.out)!r}, got {str(folder)!r}, which leads to {str(folder.resolve())!r}")
-    there = [n for n in FILES if (folder/n).exists()]
+    there = _made(folder)
     if there and not (job.resume or job.overwrite): raise InputError(f"expected no results in {str(folder)!r}, got {', '.join(there[:3])}{' ...' if len(there) > 3 else ''}: --resume skips what is done, --overwrite makes it again")
     return folder
 
@@ -185,8 +188,8 @@ def optimise(path:Path, image, job:Job, folder:Path): # -> Inversion
     "Run the method with a progress bar that shows the losses"
     from tqdm import tqdm
     from posefree_kit.baselines import METHODS
-    from posefree_kit.core import memory_advice
-    from posefree_kit.optimiser import DivergedError
+    from posefree_kit.core import DivergedError, memory_advice
+    from posefree_kit.viewer import save_latent
     with tqdm(total=job.config.steps, desc=f"{path.name[:24]}: looking for a start", disable=not job.progress, mininterval=.3, leave=False) as bar:
         def show(step):
             if step.step == 0: bar.set_description(path.name[:24], refresh=False)
@@ -194,9 +197,10 @@ def optimise(path:Path, image, job:Job, folder:Path): # -> Inversion
         try:
             with memory_advice("a generator of fewer pixels, or --device cpu"): return METHODS[job.method](image, job.generator, job.config, show, psi=job.psi, phi=job.phi, **(dict(net=job.encoder) if job.encoder else {}))
         except DivergedError as e:
-            from posefree_kit.core import save_tensors
-            save_tensors(dict(w=e.state.w, deltas=e.state.deltas(job.generator)), folder/"last-good.safetensors", format="posefree_kit last good 1", step=e.state.step)
-            raise
+            G, s = job.generator, e.state
+            reached = SimpleNamespace(w=s.w, deltas=s.deltas(G), pose=s.pose(G), generator=None, report=dict(generator=dict(name=G.name, sha256=G.sha256, resolution=G.resolution), method=job.method))
+            save_latent(reached, job.config, folder/"last-good.safetensors", step=s.step)
+            raise DivergedError(f"{e}: {folder/'last-good.safetensors'}, which `posefree render` takes", s) from e
 
 def complete_files(path:Path, folder:Path, job:Job) -> list: # names of what was made
     "The film and the mesh of results that were made without them, where they are wanted now"
@@ -217,18 +221,18 @@ def complete_files(path:Path, folder:Path, job:Job) -> list: # names of what was
 
 def one_image(path:Path, job:Job) -> dict: # the report
     "From a file to a folder of results"
-    from posefree_kit.core import sha256
-    from posefree_kit.viewer import FILES, TUNED, write_results
-    folder = claim(path, job)
+    from posefree_kit.core import memory_advice, sha256
+    from posefree_kit.viewer import write_results
+    folder, less = claim(path, job), "--no-video and --no-mesh take less, or --device cpu"
     if done := skip(path, folder, job):
-        made = complete_files(path, folder, job)
+        with memory_advice(less): made = complete_files(path, folder, job)
         say(f"{path}: done before, " + (f"{' and '.join(made)} added" if made else "skipped")); return done
     image, aligned = read_square(path, job)
     asked, folder = (job.asked or {}) | dict(input=sha256(path)), writable(folder)
-    for n in (*FILES[::-1], *TUNED, "aligned.png", "last-good.safetensors"): (folder/n).unlink(missing_ok=True)
     inversion = optimise(path, image, job, folder)
+    for n in reversed(_made(folder)): (folder/n).unlink()
     if trouble := inversion.report.get("trouble"): say(f"note: {path}: {trouble}: one step back, and on at half the rate", err=True)
-    report = write_results(str(path).encode(errors="replace").decode(), image, inversion, job.generator, job.config, folder, job.judge, job.lpips, aligned, asked, job.mesh, job.video, lambda text: say(f"note: {text}", err=True))
+    with memory_advice(less): report = write_results(str(path).encode(errors="replace").decode(), image, inversion, job.generator, job.config, folder, job.judge, job.lpips, aligned, asked, job.mesh, job.video, lambda text: say(f"note: {text}", err=True))
     m, p = report["metrics"], report["pose"]
     known = lambda k, unit: f"{m[k]:.{2 if k == 'id' else 1}f}{unit}" if m.get(k) is not None else "-"
     say(f"{path}: PSNR {known('psnr', ' dB')}, identity {known('id', '')}, yaw {p['yaw_deg']:+.1f}°, pitch {p['pitch_deg']:+.1f}°, {report['seconds']:.0f} s -> {folder}")
@@ -274,9 +278,10 @@ def invert(
     from posefree_kit.optimiser import DivergedError
     if resume and overwrite: raise InputError("expected --resume or --overwrite, got both")
     if method not in METHODS: raise InputError(f"expected a method among {', '.join(METHODS)}; got {method!r}")
-    check_cut(align, background, framing); check_encoder(encoder, method)
+    check_cut(align, background, framing); check_encoder(encoder, method, preset, steps)
     inversion_config("faces", preset, space, seed, steps, perceptual, identity)
     where = resolve_device(device)
+    march_for(compiled, where)
     G = load_generator(generator, where)
     if compiled: G.compile_march()
     config = inversion_config(G.config.domain, preset, space, seed, steps, perceptual, identity)
@@ -295,7 +300,7 @@ def invert(
             if getattr(e.__cause__, "errno", None) in FULL: raise InputError(f"{text}; {len(outcome.reports)} of {len(images)} images done and kept: make room, and --resume goes on") from e
             say(f"error: {text}", err=True)
             outcome.failed[str(path)] = (text, 1 if isinstance(e, DivergedError) else 2)
-    if len(images) > 1: say(f"{len(outcome.reports)} of {len(images)} images done" + (f", {len(outcome.failed)} failed" if outcome.failed else ""))
+    if len(images) > 1: say(f"{len(outcome.reports)} of {len(images)} images done" + (f", {len(images) - len(outcome.reports)} failed" if outcome.failed else ""))
     return outcome
 
 # %% ../nbs/18_cli.ipynb #adffa29f
@@ -319,8 +324,10 @@ def render(
     if out.is_file() and not overwrite: raise InputError(f"expected no file {str(out)!r}, got one: --overwrite replaces it")
     if suffix in (".mp4", ".gif", ".glb", ".ply", ".obj", ".stl") and not (yaw_deg is None and pitch_deg is None): raise InputError(f"expected --yaw-deg and --pitch-deg with pictures, got them with {out.name!r}: a turntable and a mesh have no pose of their own")
     G, ws, own = latent_and_generator(latent, generator, device)
-    if suffix in (".mp4", ".gif"): return [viewer.turntable(G, ws, out, size=size + size % 2, shown=size + size % 2, radius=own.radius)]
-    if suffix in (".glb", ".ply", ".obj", ".stl"): return [viewer.mesh(G, ws, out).path]
+    if suffix in (".mp4", ".gif", ".glb", ".ply", ".obj", ".stl"):
+        path = viewer.turntable(G, ws, out, size=size + size % 2, shown=size + size % 2, radius=own.radius) if suffix in (".mp4", ".gif") else viewer.mesh(G, ws, out).path
+        say(str(path))
+        return [path]
     single = suffix in (".png", ".jpg", ".jpeg", ".webp")
     if suffix and not single: raise InputError(f"expected --out as a folder or a .png, .jpg, .webp, .mp4, .gif, .glb or .ply file, got {out.name!r}")
     own_yaw, own_pitch = own.degrees()[0].tolist()
@@ -366,6 +373,7 @@ def portraits(
     from posefree_kit.core import InputError, resolve_device
     from posefree_kit.portraits import write_portraits
     if n < 1 or n > 100_000: raise InputError(f"expected 1 to 100,000 portraits, got {n}")
+    if not all(abs(v) <= 89 for v in (yaw_deg, pitch_deg) if v is not None): raise InputError(f"expected angles within 89 degrees, got yaw {yaw_deg} and pitch {pitch_deg}")
     if (Path(out)/"portraits.json").exists() and not overwrite: raise InputError(f"expected no portraits in {str(out)!r}, got portraits.json: --overwrite replaces them")
     angles = {k: math.radians(v) for k, v in dict(yaw=yaw_deg, pitch=pitch_deg).items() if v is not None}
     records = write_portraits(range(seed, seed + n), writable(out), size, device=str(resolve_device(device)), **angles)
@@ -416,8 +424,8 @@ def scale(
     from posefree_kit.viewer import write_results
     if not address: march_for(compiled, resolve_device(device))
     elif compiled and device != "cpu": raise InputError(f"--compiled with --address: expected --device cpu, got {device}: that march is for CPUs")
-    check_cut(align, background, framing); check_encoder(encoder, method)
-    if local and address: raise InputError("expected --local or --address, got both")
+    check_cut(align, background, framing); check_encoder(encoder, method, preset, steps)
+    if local and (address or workers not in (None, 1)): raise InputError(f"expected --local, which is one worker in this process, or {'--address' if address else f'--workers {workers}'}, got both")
     many.need("pyarrow.parquet")
     G = load_generator(generator, "cpu")
     config = inversion_config(G.config.domain, preset, space, seed, steps, perceptual, identity)
@@ -467,8 +475,16 @@ def evaluate(
         if v < 1: raise InputError(f"expected --{name} of at least 1, got {v}")
     where, chosen = resolve_device(device), names(sets)
     for s in chosen: evaluation.set_seeds(s, n)
+    march_for(compiled, where)
+    if inputs:
+        chosen = [s for s in chosen if s != evaluation.SELF]
+        if not chosen: raise InputError(f"expected sets that have pictures with --inputs, got {sets!r}: those of {evaluation.SELF} are drawn by the generator")
+        if there := [str(Path(inputs)/s) for s in chosen if (Path(inputs)/s/"views.json").exists()]: raise InputError(f"expected no inputs in {there[0]!r}, got views.json: give another folder, or remove it")
     G = load_generator(generator, where)
-    if inputs: return [evaluation.write_views(s, writable(inputs)/s, n, min(G.resolution, 256)) for s in chosen if s != evaluation.SELF]
+    if inputs:
+        views = [evaluation.write_views(s, writable(inputs)/s, n, min(G.resolution, 256)) for s in chosen]
+        say(f"inputs of {', '.join(chosen)}, {n} people each, in {inputs}")
+        return views
     config = inversion_config(G.config.domain, preset, space, seed, steps, None, None)
     if compiled: G.compile_march()
     try:
@@ -499,17 +515,17 @@ def train(
     plain:Annotated[int, typer.Option(help="Without --images: begin with so many plain portraits (short hair, nothing worn, one light), replaced bit by bit by the others.")]=0,
     easy_images:Annotated[Optional[Path], typer.Option("--easy", help="With --images: begin with the images of this folder, easy ones of the same kind, replaced bit by bit by the others.", show_default=False)]=None,
     mirror:Annotated[bool, typer.Option(help="Show each image flipped left-right too; not: for pictures with letters or one-sided things.")]=True,
-    size:Annotated[int, typer.Option(help="Pixels a side: 16, 32, 64, 128 or 256. With --grow-from, twice the old size.")]=32,
+    size:Annotated[Optional[int], typer.Option(help="Pixels a side: 16, 32, 64, 128 or 256 [default: 32; with --grow-from, twice the old size].", show_default=False)]=None,
     grow_from:Annotated[Optional[Path], typer.Option(help="A finished run of half the size to start from; with --encode, its encoder grows along.", show_default=False)]=None,
     start:Annotated[Optional[str], typer.Option(help="Begin with a trained generator: a shipped name, or a .safetensors file with its discriminator.", show_default=False)]=None,
     wider:Annotated[Optional[str], typer.Option("--widen", help="With --start: so many channels in the generator's blocks, 4 x 4 first, as in 256,256,192,96,32; it begins with the same pictures.", show_default=False)]=None,
     pose_conditioned:Annotated[bool, typer.Option("--pose-conditioned/--no-pose-conditioned", help="The discriminator scores an image together with the pose that is read off it; not: the image alone (the paper's ablation). For runs that begin from nothing.")]=True,
-    encode:Annotated[float, typer.Option(help="Share of the generated images whose look an encoder, which learns along, reads off real ones: for heads that are solid already. Writes latent_encoder.safetensors too.")]=0.,
+    encode:Annotated[Optional[float], typer.Option(help="Share of the generated images whose look an encoder, which learns along, reads off real ones: for heads that are solid already. Writes latent_encoder.safetensors too [default: 0].", show_default=False)]=None,
     resume:Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")]=False,
     watch:Annotated[bool, typer.Option("--watch", help="At each save, log how well the pose head reads 512 held-out portraits; nothing of it reaches training.")]=False,
     settings:Annotated[Optional[list[str]], typer.Option("--set", help="NAME=VALUE: any other setting of `TrainConfig` (chapter 08), as in --set loss=relativistic --set r2_gamma=0.12; can be given several times.", show_default=False)]=None,
-    batch:Annotated[int, typer.Option(help="Images a step, over all processes.")]=32,
-    seed:Annotated[int, typer.Option(help="Of everything that is drawn.")]=0,
+    batch:Annotated[Optional[int], typer.Option(help="Images a step, over all processes [default: 32].", show_default=False)]=None,
+    seed:Annotated[Optional[int], typer.Option(help="Of everything that is drawn [default: 0].", show_default=False)]=None,
     device:Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]="auto",
     compiled:Annotated[bool, typer.Option("--compiled", help="Render by the compiled march: two to three times as fast on a CPU; needs a C++ compiler.")]=False,
     progress:Annotated[bool, typer.Option(help="Show a progress bar.")]=True,
@@ -535,7 +551,7 @@ def train(
     if resume and (start or grow_from): raise InputError(f"--resume: expected the run in {str(out)!r} alone, got {'--start' if start else '--grow-from'} too")
     old, told = load_state(Path(out)/STATE) if resume else None, Path(out)/"pictures.json"
     if old:
-        asked = [f"--{k} {v}" for k, v, usual, was in (("batch", batch, 32, old.config.batch), ("seed", seed, 0, old.config.seed), ("encode", encode, 0., old.config.encode_share), ("size", size, 32, old.G.resolution)) if v not in (usual, was)]
+        asked = [f"--{k} {v}" for k, v, was in (("batch", batch, old.config.batch), ("seed", seed, old.config.seed), ("encode", encode, old.config.encode_share), ("size", size, old.G.resolution)) if v not in (None, was)]
         other = config_from_dict(TrainConfig, config_to_dict(old.config) | given)
         asked += [f"--set {k}={v}" for k, v in given.items() if getattr(other, k) != getattr(old.config, k)]
         if asked: raise InputError(f"--resume: expected the settings that the run in {str(out)!r} began with, got {', '.join(asked)}")
@@ -545,14 +561,14 @@ def train(
     if easy_images and not images: raise InputError("--easy: expected --images too; of simulated portraits, begin with --plain")
     if old and not pose_conditioned and old.D.config.pose_conditioned: raise InputError("--no-pose-conditioned: expected a run that began with it, got one whose discriminator is told the pose")
     where, trained = resolve_device(device), load_generator(start, device) if start else None
-    march_for(compiled, where)
-    if trained and size not in (32, trained.resolution): raise InputError(f"--size: expected {trained.resolution}, the size of {start}, or none, got {size}")
-    config = config_from_dict(TrainConfig, dict(batch=batch, seed=seed, encode_share=encode, r1_gamma=.05 * ((trained.resolution if start else size) / 32) ** 2) | given)
+    march_for(compiled, where); batch, seed, encode = 32 if batch is None else batch, seed or 0, encode or 0.
+    if trained and size not in (None, trained.resolution): raise InputError(f"--size: expected {trained.resolution}, the size of {start}, or none, got {size}")
+    config = config_from_dict(TrainConfig, dict(batch=batch, seed=seed, encode_share=encode, r1_gamma=.05 * ((trained.resolution if trained else size or 32) / 32) ** 2) | given)
     encoder = own_encoder(trained, start) if trained and encode else None
     state = None if resume else go_on_with(widen(trained, wide, trained.config.look_dim, seed) if wide else trained, config, encoder) if start else grown(grow_from, size, config, where, given) if grow_from else None
     if lost := [k for k in given if state and getattr(state.config, k) != getattr(config, k)]: raise InputError(f"--set {lost[0]}: expected a run that begins from nothing or grows, got --start, after which nothing is blurred, faded in or made easy")
     if start and encode and not encoder and share.main: say(f"note: no encoder was saved with {start}: one that has learnt nothing yet begins", err=True)
-    size = state.G.resolution if state else old.G.resolution if old else size
+    size = state.G.resolution if state else old.G.resolution if old else 32 if size is None else size
     g, d = (None, None) if resume or state else architecture(size, pose_conditioned)
     progress = progress and share.main
     pictures = training_images(images, n, size, where, progress, mirror)
@@ -613,7 +629,7 @@ def own_encoder(G, start:str): # -> LatentEncoder, or None
     if E.card.get("generator", {}).get("sha256") != G.sha256: raise InputError(f"{str(there[0])!r}: expected the encoder of {start}, got one of another generator: move it away, and --encode begins with one that has learnt nothing yet")
     return E.to(G.w_avg.device)
 
-def grown(run, size:int, config, device, given:dict): # given: settings that stay as they were asked; -> TrainState
+def grown(run, size:Optional[int], config, device, given:dict): # given: settings that stay as they were asked; -> TrainState
     "A run of half the size, ready to go on at twice the size"
     import dataclasses
     from posefree_kit.core import InputError
@@ -621,7 +637,7 @@ def grown(run, size:int, config, device, given:dict): # given: settings that sta
     path = Path(run)/STATE if Path(run).is_dir() else Path(run)
     if not path.is_file(): raise InputError(f"expected the folder of a run, got {str(run)!r} without {STATE}")
     small = load_state(path, device)
-    if size not in (32, 2 * small.G.resolution): raise InputError(f"expected --size {2 * small.G.resolution}, twice the size of the run, or none; got {size}")
+    if size not in (None, 2 * small.G.resolution): raise InputError(f"expected --size {2 * small.G.resolution}, twice the size of the run, or none; got {size}")
     if 2 * small.G.resolution > 256: raise InputError(f"expected a run of at most 128 pixels to grow, got {small.G.resolution}")
     g, d = architecture(2 * small.G.resolution)
     gamma = .05 * (small.G.resolution / 16) ** 2
@@ -673,6 +689,7 @@ def train_encoder(
     if there and not (resume or overwrite): raise InputError(f"expected a new file, got {there[-1]!r}, which is there: --resume goes on with an unfinished run, --overwrite replaces it")
     if start: read_latent_encoder(start)
     where = resolve_device(device)
+    march_for(compiled, where)
     G = load_generator(generator, where)
     if compiled: G.compile_march()
     pictures = training_images(images, n, G.resolution, where, progress).images
@@ -724,6 +741,9 @@ def benchmark(
     from posefree_kit.benchmark import report_paths, save_speed, speed, speed_markdown
     from posefree_kit.checkpoints import load_generator
     from posefree_kit.core import InputError
+    for name, v in dict(rounds=rounds, batch=batch).items():
+        if v < 1: raise InputError(f"expected --{name} of at least 1, got {v}")
+    if size not in (16, 32): raise InputError(f"expected --size 16 or 32, got {size}")
     there = [p for p in report_paths(out) if p.exists()]
     if there and not overwrite: raise InputError(f"expected a new report, got {str(there[0])!r}, which is there: --overwrite replaces it")
     r = speed(load_generator(generator, device), rounds, names(presets), size, batch, say=lambda text: say(text, err=True))

@@ -72,7 +72,6 @@ def multiview(
     offsets:Pose, # (K,) delta-theta, radians
     psi, # perceptual features: (B, 3, H, W) -> list of (B, C, h, w)
     grad_depth:bool=False, # let gradients through the warp too: the depth of the reference, and both cameras (default: through the rendered colours only)
-    target:Tensor|None=None, # (B, 3, H, W): compare with the input photo instead of the reconstruction
     size:int|None=None, # pixels a side of the volume rendering
 ) -> Tensor: # (B,)
     "Views from nearby, carried back, must agree with the view from here, which is held fixed (paper, Eq. 4; visibility masks, normalisation by their area and the fixed reference are ours)"
@@ -86,7 +85,7 @@ def multiview(
     hold = lambda cam: tuple(keep(x) for x in cam)
     warped, visible = warp_to_reference(resize(novel.rgb, side), keep(fit(novel.depth)), keep(rep(fit(view.depth))), rep(fit(view.weight)).detach(), hold(generator.camera(here)), hold(generator.camera(near)))
     visible = visible.detach()
-    reference = rep((view.rgb if target is None else target).detach())
+    reference = rep(view.rgb.detach())
     area = visible.mean((1, 2, 3)).clamp(min=.05)
     per_view = feature_l1(psi, warped * visible, reference * visible) / area
     return per_view.view(b, n).sum(1)

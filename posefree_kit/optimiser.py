@@ -62,6 +62,8 @@ class Stage:
     rate:float # peak of Adam's rate
     layers:bool # optimise per-layer deltas too (in space w+ only)
 
+    def __post_init__(self): check_range(self, 1, 4096, "shrink"); check_range(self, 0, 1e3, "rate")
+
 @dataclass(frozen=True)
 class InvertConfig:
     "Everything that decides an inversion. All numbers are ours: the paper's supplement is unavailable"
@@ -89,7 +91,7 @@ class InvertConfig:
     delta_prior:float = 0. # weight of the squared deltas; with e4e's habit of holding them (1e-3) every figure was worse on held-out portraits, novel views included
     perceptual:str = "portrait" # psi, a name that `load_perceptual` knows
     identity:str = "portrait" # phi, a name that `load_identity` knows ("clip" for domains without faces)
-    seed:int = 0 # of the start search, noise and view offsets
+    seed:int = 0 # of the start search, noise and view offsets; the search begins with the people of `G.sample(n, seed)`: to invert a generator's own, draw them with another
 
     def __post_init__(self):
         if self.space not in ("w", "w+"): raise InputError(f"InvertConfig.space: expected 'w' or 'w+', got {self.space!r}")
@@ -148,7 +150,7 @@ def render_at(generator, planes, pose:Pose, shrink:int): # -> View of 1 / shrink
 def objective(
     nets:Networks, config:InvertConfig, target:Tensor, # (B, 3, R, R) at native resolution
     w:Tensor, deltas:Tensor, # (B, w_dim), (B, num_ws, w_dim)
-    step:int, weights:dict|None=None, # None: those of the schedules
+    step:int, # its weights are those of the schedules
     pose:Pose|None=None, # None: f(w), as in the paper; a camera of its own in Pose Opt (chapter 14)
     terms:dict={}, # further losses: name -> (weight, f(planes, pose, view, target) -> (B,)); weight: a number or a `Schedule`
     sight:Sight|None=None, # of this target, where more than one step looks at it
@@ -160,7 +162,7 @@ def objective(
     target = sight.target(G.resolution // shrink)
     pose, planes = G.pose(w) if pose is None else pose, G.planes(w[:, None] + deltas)
     view = render_at(G, planes, pose, shrink)
-    lam = dict(rec=config.rec(p), raw=config.raw * config.rec(p), id=config.id(p), mv=config.mv(p) * config.mv_every, geo=config.geo(p), w_prior=config.w_prior, delta_prior=config.delta_prior) | (weights or {})
+    lam = dict(rec=config.rec(p), raw=config.raw * config.rec(p), id=config.id(p), mv=config.mv(p) * config.mv_every, geo=config.geo(p), w_prior=config.w_prior, delta_prior=config.delta_prior)
     parts = dict(rec=losses.rec(view.rgb, target, sight.distance, config.l1, config.perceptual_weight))
     if view.rgb is not view.rgb_raw and lam["raw"]: parts["raw"] = losses.rec(view.rgb_raw, resize(target, view.rgb_raw.shape[-1]), nets.psi.distance, config.l1, config.perceptual_weight)
     if lam["id"]: parts["id"] = losses.identity(view.rgb, target, sight.embed)
@@ -179,10 +181,16 @@ def objective(
 
 # %% ../nbs/12_optimiser.ipynb #c19f219b
 def _candidates_unread(G, target, w, k): # without a pose head: every code is judged from its own pose
+    at_once = max(1, min(16, 4 * 256 ** 2 // G.resolution ** 2))
     small, size, looks = F.adaptive_avg_pool2d(target, 16), min(16, G.render_resolution), torch.cat([G.w_avg[None], w])
-    seen = torch.cat([F.adaptive_avg_pool2d(G.view(x, G.pose(x), size=size).rgb, 16) for x in looks.split(16)])
+    seen = torch.cat([F.adaptive_avg_pool2d(G.view(x, G.pose(x), size=size).rgb, 16) for x in looks.split(at_once)])
     order = torch.stack([(seen - s).abs().mean((1, 2, 3)).argsort() for s in small])
     return torch.cat([looks[order[:, :max(k - 1, 1)]], looks[:1].expand(len(target), 1, -1)], 1)[:, :k]
+
+def _at_once(G) -> int: # looks that are rendered together: 64 at most, fewer where their largest feature maps would fill 200 MB
+    c = G.config
+    maps = [(128 if c.superresolution != "none" else 3) * G.resolution ** 2, 3 * c.plane_channels * c.plane_resolution ** 2, *(n * (4 << i) ** 2 for i, n in enumerate(c.channels))] if hasattr(c, "channels") else [G.resolution ** 2]
+    return max(1, min(64, 48 * 2 ** 20 // max(maps)))
 
 @torch.no_grad()
 def candidates(G:PoseFreeGenerator, target:Tensor, config:InvertConfig) -> Tensor: # target (B, 3, R, R) -> w (B, starts, w_dim)
@@ -200,7 +208,7 @@ def candidates(G:PoseFreeGenerator, target:Tensor, config:InvertConfig) -> Tenso
     if G.config.view_dim: # look and view are separate parts: every look can be seen from the read pose, and its planes serve all images
         views = w[nearest.argmin(-1)][..., G.config.look_dim:]                                 # (B, 2, view_dim)
         score = []
-        for chunk in looks.split(64):
+        for chunk in looks.split(_at_once(G)):
             planes = G.planes(chunk)
             at = [G.pose(torch.cat([chunk[:, :G.config.look_dim], views[i, :1].expand(len(chunk), -1)], -1)) for i in range(b)]
             score.append(torch.stack([far_off(G.render(planes, at[i], size=size).rgb, i) for i in range(b)]))
@@ -211,7 +219,7 @@ def candidates(G:PoseFreeGenerator, target:Tensor, config:InvertConfig) -> Tenso
             best, flipped = pool[order[i]], torch.cat([looks[order[i, :1], :G.config.look_dim], views[i, 1:]], -1)
         else: # the whole w decides the pose: only codes that are near it
             pool = looks[torch.cat([nearest.new_zeros(1).long(), 1 + nearest[i, 0].argsort()[:max(n // 4, k)]])]
-            score = torch.cat([far_off(G.view(x, G.pose(x), size=size).rgb, i) for x in pool.split(64)])
+            score = torch.cat([far_off(G.view(x, G.pose(x), size=size).rgb, i) for x in pool.split(_at_once(G))])
             best, flipped = pool[score.argsort()], w[nearest[i, 1].argmin()][None]
         out.append(torch.cat([best[:max(k - 2, 1)], pool[:1], flipped])[:k])
     return torch.stack(out)
@@ -243,6 +251,12 @@ class FreePose:
     adam:dict|None = None
     def copy(self): return FreePose(self.angles.clone(), self.rate, self.preheat, _copied(self.adam))
 
+def _moved(x, device): # tensors, wherever they are in it
+    if isinstance(x, FreePose): return FreePose(x.angles.to(device), x.rate, x.preheat, _moved(x.adam, device))
+    if isinstance(x, dict): return {k: _moved(v, device) for k, v in x.items()}
+    if isinstance(x, (list, tuple)): return type(x)(_moved(v, device) for v in x)
+    return x.to(device) if isinstance(x, Tensor) else x
+
 def _copied(adam): return None if adam is None else {k: [x.clone() for x in v] if isinstance(v, list) else v for k, v in adam.items()}
 
 class InvertState:
@@ -259,9 +273,7 @@ class InvertState:
         new.step, new.trace, new.adam, new.before, new.trouble = self.step, list(self.trace), _copied(self.adam), self.before, self.trouble
         return new
     def to(self, device): # itself; a file's may lie elsewhere
-        move = lambda x: None if x is None else x.to(device)
-        self.w, self.d, self.adam = move(self.w), move(self.d), self.adam and {k: [x.to(device) for x in v] if isinstance(v, list) else v for k, v in self.adam.items()}
-        if self.free: self.free.angles, self.free.adam = move(self.free.angles), self.free.adam and {k: [x.to(device) for x in v] if isinstance(v, list) else v for k, v in self.free.adam.items()}
+        self.w, self.d, self.adam, self.free, self.before = _moved((self.w, self.d, self.adam, self.free, self.before), device)
         return self
     def here(self) -> tuple: return self.step, self.w, self.d, _copied(self.adam), None if self.free is None else self.free.copy()
     def back(self) -> bool: # one step back, if one was made
@@ -356,6 +368,7 @@ def prepare(image:Tensor, generator:PoseFreeGenerator, config:InvertConfig, psi=
     "What every method begins with: the image checked and at the generator's resolution, the networks that the configuration names"
     check_shape(image, "B 3 R R", "image")
     if not image.isfinite().all(): raise InputError("image: expected finite values in [-1, 1], got NaN or infinity")
+    if (most := max(s.shrink for s in config.stages)) > generator.resolution: raise InputError(f"Stage.shrink: expected at most {generator.resolution}, the generator's pixels a side, got {most}")
     device = generator.w_avg.device
     psi, phi = psi or load_perceptual(config.perceptual, device=device), phi or load_identity(config.identity, device=device)
     return Networks(generator, psi, phi), resize(image.to(device), generator.resolution)
@@ -363,7 +376,7 @@ def prepare(image:Tensor, generator:PoseFreeGenerator, config:InvertConfig, psi=
 def invert(
     image:Tensor, # (B, 3, R, R) in [-1, 1]; resized to the generator's resolution
     generator:PoseFreeGenerator, # frozen
-    config:InvertConfig=quick(),
+    config:InvertConfig=quick(), # its start search begins with the people of `generator.sample(n, config.seed)`: to invert a generator's own people, draw them with another seed
     callback=None, # called with a `Step` after each; return False to stop
     state:InvertState|None=None, # go on from here, or begin here: `InvertState(w)` instead of a search
     psi=None, phi=None, # networks instead of those that the configuration names
@@ -389,9 +402,10 @@ def result(nets:Networks, config:InvertConfig, state:InvertState, more:dict) -> 
     with torch.no_grad():
         d = state.deltas(G); ws, pose = state.w[:, None] + d, state.pose(G)
         view = G.view(ws, pose)
-    ends = [max((t["step"] for t in state.trace if t["stage"] == i), default=None) for i in range(len(config.stages))]
+    last:dict = {} # stage -> its losses, each where it was last due
+    for t in state.trace: last.setdefault(t["stage"], {}).update(t)
     mean = lambda t: {k: round(float(v.mean()), 5) for k, v in t.items() if isinstance(v, Tensor) and k != "pose"}
     report = dict(generator=dict(name=G.name, sha256=G.sha256, resolution=G.resolution), method="latent-only" if state.free is None else "pose_opt", space=config.space, preset=config.preset, config=config_hash(config), seed=config.seed, device=str(state.w.device),
                   pose=[dict(yaw_deg=round(float(y), 3), pitch_deg=round(float(p), 3)) for y, p in pose.degrees()], backends=backends(nets.psi, nets.phi),
-                  **({} if not (trouble := state.trouble or state.searched) else dict(trouble=trouble)), stages=[dict(config_to_dict(s), losses=mean(state.trace[e])) for s, e in zip(config.stages, ends) if e is not None])
+                  **({} if not (trouble := "; ".join(filter(None, (state.searched, state.trouble)))) else dict(trouble=trouble)), stages=[dict(config_to_dict(s), losses=mean(last[i])) for i, s in enumerate(config.stages) if i in last])
     return Inversion(state.w, d, ws, pose, view, list(state.trace), report | more, state)

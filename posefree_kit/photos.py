@@ -117,8 +117,8 @@ def cut_out(
     p = torch.stack(torch.meshgrid(u, u, indexing="xy"), -1) * side @ rotation(roll).T + centre.cpu()
     grid = ((p + .5) / torch.tensor([w, h]) * 2 - 1)[None]
     outside = ((grid.abs() - 1).clamp(min=0) * torch.tensor([w, h]) / (2 * side)).amax(-1)[:, None] # 0 inside; beyond the edge, in crop widths
-    x = F.avg_pool2d(F.grid_sample(image.float().cpu(), grid, mode="bilinear", padding_mode="reflection", align_corners=False), fine)
-    outside = F.avg_pool2d(outside, fine)
+    x = image.float().cpu() if side <= 8 * size else F.interpolate(image.float().cpu(), [max(1, round(n * 8 * size / side)) for n in (h, w)], mode="bilinear", antialias=True) # pixels as large as a sample
+    x, outside = (F.avg_pool2d(v, fine) for v in (F.grid_sample(x, grid, mode="bilinear", padding_mode="reflection", align_corners=False), outside))
     return _soften(x, outside), float((outside > 0).float().mean())
 
 def _soften(x, outside): # blur by distance beyond the edge, in crop widths
@@ -130,17 +130,20 @@ def _soften(x, outside): # blur by distance beyond the edge, in crop widths
     return x
 
 # %% ../nbs/13_photos.ipynb #27043ec6
-def outline(size:int) -> Tensor: # (1, 1, size, size) in [0, 1]
+def outline(
+    size:int, # pixels a side
+    at:Tensor|None=None, # (size, size, 2) where the pixels lie in our framing, whose crop is [0, 1]; None: the crop is ours
+) -> Tensor: # (1, 1, size, size) in [0, 1]
     "Roughly head and shoulders in our framing, with a soft rim (ours)"
     c = (torch.arange(size) + .5) / size
-    v, u = torch.meshgrid(c, c, indexing="ij")
+    u, v = torch.meshgrid(c, c, indexing="xy") if at is None else at.unbind(-1)
     head = 1 - ((u - .5) / .34).square() - ((v - .45) / .43).square()
     body = (v - .74 - 1.1 * ((u - .5).abs() - .12).clamp(min=0)) * 3
     return (torch.maximum(head, body) * 4 + .5).clamp(0, 1)[None, None]
 
-def plain_background(image:Tensor) -> Tensor: # (1, 3, S, S)
+def plain_background(image:Tensor, at:Tensor|None=None) -> Tensor: # image (1, 3, S, S), at as for `outline` -> (1, 3, S, S)
     "The same picture before one colour"
-    m, n = outline(image.shape[-1]).to(image), image.shape[-1]
+    m, n = outline(image.shape[-1], at).to(image), image.shape[-1]
     rim = max(1, n // 16)
     colour = torch.cat([image[..., :rim, :].flatten(2), image[..., :n // 2, :rim].flatten(2), image[..., :n // 2, -rim:].flatten(2)], -1).median(-1).values
     return torch.lerp(colour[..., None, None].expand_as(image), image, m)
@@ -165,6 +168,12 @@ class Aligned:
     faces_found:int # in the whole photograph
     corners:Tensor # (4, 2) the crop in the photograph, pixels
     warnings:tuple # one line each: what the reader should know
+
+def _in_our_framing(points, centre, side, roll, size): # (size, size, 2): where the pixels of a crop lie in ours of the same face
+    u = (torch.arange(size) + .5) / size - .5
+    p = torch.stack(torch.meshgrid(u, u, indexing="xy"), -1) * side @ rotation(roll).T + centre
+    c, s, r = similarity(points)
+    return (p - c) @ rotation(r) / s + .5
 
 def _look_again(image, points, device): # the detector is best on upright faces: level a tilted one, find it there, and bring the points back
     centre, side, roll = similarity(points)
@@ -197,4 +206,5 @@ def align_face(
     if (spread := eye_spread(points)) < TURNED: said.append(f"the face is strongly turned (eye spread {spread:.2f}, below {TURNED}): an eye may be guessed, and the crop off")
     if side < size / 2: said.append(f"the face is small: {side:.0f} pixels were enlarged to {size}")
     if outside > .3: said.append(f"{outside:.0%} of the crop lies outside the picture and was made up from its edge")
-    return Aligned(plain_background(crop) if background == "plain" else crop, face.box, points, math.degrees(roll), len(faces), corners, tuple(said))
+    if background == "plain": crop = plain_background(crop, None if framing is similarity else _in_our_framing(points, centre, side, roll, size))
+    return Aligned(crop, face.box, points, math.degrees(roll), len(faces), corners, tuple(said))

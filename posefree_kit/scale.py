@@ -180,7 +180,8 @@ def one_of(inv, i:int, seconds:float): # -> Inversion of one image, as if it had
     n = len(inv.w)
     cut = lambda x: x[i:i + 1] if isinstance(x, Tensor) and x.ndim and len(x) == n else x
     trace = [{k: cut(v) for k, v in t.items()} for t in inv.trace]
-    ends = {t["stage"]: {k: round(float(v), 5) for k, v in t.items() if isinstance(v, Tensor) and k != "pose"} for t in trace}
+    ends:dict = {} # stage -> its losses, each where it was last due
+    for t in trace: ends.setdefault(t["stage"], {}).update({k: round(float(v), 5) for k, v in t.items() if isinstance(v, Tensor) and k != "pose"})
     stages = [s | (dict(losses=e) if e else {}) for s, e in itertools.zip_longest(inv.report["stages"], ends.values())]
     report = inv.report | dict(pose=[inv.report["pose"][i]], stages=stages, seconds=round(seconds, 2))
     return dataclasses.replace(inv, w=cut(inv.w), deltas=cut(inv.deltas), ws=cut(inv.ws), pose=inv.pose[[i]], view=type(inv.view)(*map(cut, inv.view)), trace=trace, report=report, state=None)

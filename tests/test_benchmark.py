@@ -90,6 +90,9 @@ def test_the_command(tmp_path):
     assert again.exit_code == 2 and "--overwrite" in again.output
     bad = CliRunner().invoke(app, [*args, "--overwrite", "--size", "17"])
     assert bad.exit_code == 2 and "16 or 32" in bad.output
+    for option in ("--batch", "--rounds"):
+        bad = CliRunner().invoke(app, [*args, "--overwrite", option, "0"])
+        assert bad.exit_code == 2 and bad.output.splitlines() == [f"error: expected {option} of at least 1, got 0"]   # before anything is measured
 
 
 def test_the_presets_are_what_the_sweep_found_and_every_setting_changes_something():

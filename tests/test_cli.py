@@ -199,7 +199,40 @@ def test_an_import_replaces_nothing_that_it_reads(tmp_path):
     error(posefree("import-official", tmp_path/"model.pt", tmp_path/"model.safetensors"), "expected a new file", "model.json")
     assert (tmp_path/"model.json").read_text() == "{}"
 
+def test_full_memory_after_the_optimisation_costs_that_image_alone(home, tmp_path, monkeypatch):
+    real, calls = viewer.comparison, []
+    def full(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 1: raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return real(*args, **kwargs)
+    monkeypatch.setattr(viewer, "comparison", full)
+    shutil.copy(home/"a.png", tmp_path/"b.png")
+    code, said, err = invert(home, tmp_path/"b.png", home/"a.png", out=tmp_path/"o", extra=LIGHT)
+    assert code == 2 and "1 of 2 images done, 1 failed" in said and any("b.png: expected to fit into the device's memory, got: CUDA out of memory: --no-video and --no-mesh take less" in e for e in err), err
+    assert cli.complete(tmp_path/"o"/"a"/"report.json") and not (tmp_path/"o"/"b"/"report.json").exists()
+
+def diverging(monkeypatch):
+    real = optimiser.losses.rec
+    calls = iter(range(10 ** 9))
+    monkeypatch.setattr(optimiser.losses, "rec", lambda *a, **k: real(*a, **k) * (float("nan") if next(calls) > 3 else 1.))
+
+def test_what_was_reached_is_a_latent_and_what_was_there_stays(home, tmp_path, monkeypatch):
+    assert invert(home, home/"a.png", out=tmp_path, extra=LIGHT)[0] == 0
+    folder = tmp_path/"a"
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    diverging(monkeypatch)
+    code, _, err = invert(home, home/"a.png", out=tmp_path, extra=(*LIGHT, "--overwrite", "--steps", 9))
+    assert code == 1 and "last-good.safetensors, which `posefree render` takes" in err[-1], err
+    after = {p.name: p.read_bytes() for p in folder.iterdir()}
+    assert set(after) - set(before) == {"last-good.safetensors"} and all(after[k] == v for k, v in before.items())
+    assert posefree("render", folder/"last-good.safetensors", "--out", tmp_path/"v.png", "--size", 16, "--device", "cpu", "--generator", home/"small.safetensors")[0] == 0
+    monkeypatch.undo()
+    for p in folder.iterdir(): p.name == "last-good.safetensors" or p.unlink()
+    error(posefree("invert", home/"a.png", "--out", tmp_path, "--generator", home/"small.safetensors", "--no-progress"), "expected no results in", "got last-good.safetensors")
+
 def test_one_name_twice_is_told(home, tmp_path):
+    code, said, _ = invert(home, tmp_path/"no.png", tmp_path/"no.png", tmp_path/"no.png", out=tmp_path/"n", extra=LIGHT)
+    assert code == 2 and "0 of 3 images done, 3 failed" in said
     (tmp_path/"other").mkdir(); shutil.copy(home/"a.png", tmp_path/"other"/"a.png")
     code, said, err = invert(home, home/"a.png", tmp_path/"other"/"a.png", out=tmp_path/"o", extra=LIGHT)
     assert code == 2 and "1 of 2" in said and any("images of different names" in e and "other" in e for e in err)
@@ -257,7 +290,8 @@ def test_no_face_and_two_faces(home, photo, tmp_path):
     assert code == 2 and any("wall.png" in e and "expected a picture with a face, found none" in e for e in err)
     assert any(e.startswith("note: ") and "2 faces found, took the largest" in e for e in err) and cli.complete(tmp_path/"o"/"pair"/"report.json")
 
-def test_render(home, tmp_path):
+def test_render(home, tmp_path, monkeypatch):
+    monkeypatch.setattr(viewer, "turntable", functools.partial(viewer.turntable, frames=2))
     invert(home, home/"a.png", out=tmp_path, extra=LIGHT)
     latent, render = tmp_path/"a"/"latent.safetensors", lambda *a: posefree("render", *a, "--generator", home/"small.safetensors", "--device", "cpu")
     assert render(latent, "--out", tmp_path/"v.png", "--yaw-deg", 20, "--pitch-deg", -5, "--size", 64)[0] == 0 and Image.open(tmp_path/"v.png").size == (64, 64)
@@ -267,6 +301,12 @@ def test_render(home, tmp_path):
     error(render(latent, "--out", tmp_path/"near", "--yaw-deg", 10.01, "--yaw-deg", 10.04), "differ by a tenth of a degree"); assert not (tmp_path/"near").exists()
     (tmp_path/"run-0.5").mkdir(); assert render(latent, "--out", tmp_path/"run-0.5", "--size", 32)[0] == 0 == render(latent, "--out", tmp_path/"run-0.5", "--size", 32, "--overwrite")[0]
     error(render(latent, "--out", tmp_path/"v.txt"), "expected --out")
+    code, said, _ = render(latent, "--out", tmp_path/"x.gif", "--size", 16)
+    assert code == 0 and said.strip() == str(tmp_path/"x.gif") and Image.open(tmp_path/"x.gif").n_frames == 2
+    monkeypatch.setattr(viewer, "mesh", functools.partial(viewer.mesh, resolution=32))
+    for name in ("x.glb", "x.obj"):
+        code, said, err = render(latent, "--out", tmp_path/name)
+        assert code == 0 and said.strip() == str(tmp_path/name) and len(trimesh.load(tmp_path/name, force="mesh").faces) > 100, err
     error(render(latent, "--out", tmp_path/"w.png", "--size", 4), "expected a size")
     error(render(latent, "--out", tmp_path/"w.png", "--yaw-deg", 400), "within 89 degrees")
     error(render(tmp_path/"none.safetensors", "--out", tmp_path/"w.png"), "no such file")
@@ -295,7 +335,7 @@ def test_another_method_leaves_the_same_files_and_the_generator_that_it_tuned(ho
     error(posefree("render", tmp_path/"a"/"latent.safetensors", "--out", tmp_path/"w.png", "--generator", home/"small.safetensors"), "expected the generator that the latent was made with (tuned.safetensors")
     error(invert(home, home/"a.png", out=tmp_path, extra=(*LIGHT, "--resume")), "some made with method pti")
     assert invert(home, home/"a.png", out=tmp_path, extra=(*LIGHT, "--overwrite"))[0] == 0 and not (tmp_path/"a"/"tuned.safetensors").exists()
-    error(invert(home, home/"a.png", out=tmp_path/"e", extra=("--method", "encoder")), "expected a latent encoder for the generator 'small'", "train-encoder")
+    error(invert(home, home/"a.png", out=tmp_path/"e", extra=("--method", "encoder+latent")), "expected a latent encoder for the generator 'small'", "train-encoder")
 
 def test_train_encoder(home, tmp_path):
     train = lambda *a: posefree("train-encoder", "--out", tmp_path/"e.safetensors", "--generator", home/"small.safetensors", "--device", "cpu", "--no-progress", *a)
@@ -303,7 +343,9 @@ def test_train_encoder(home, tmp_path):
     assert code == 0 and "1 steps" in said, err
     card = json.loads((tmp_path/"e.json").read_text())
     assert card["generator"]["sha256"] == sha256(home/"small.safetensors") and card["bytes"] < 8e6 and str(tmp_path) not in json.dumps(card)
-    assert invert(home, home/"a.png", out=tmp_path/"o", extra=(*LIGHT, "--method", "encoder", "--encoder", tmp_path/"e.safetensors"))[0] == 0
+    look = lambda *a: posefree("invert", home/"a.png", "--out", tmp_path/"o", "--generator", home/"small.safetensors", "--device", "cpu", "--no-progress", *LIGHT, "--method", "encoder", "--encoder", tmp_path/"e.safetensors", *a)
+    error(look("--steps", 2), "got --steps 2 with encoder, which takes one look"); error(look("--preset", "paper"), "got --preset paper with encoder")
+    assert look()[0] == 0
     report = json.loads((tmp_path/"o"/"a"/"report.json").read_text())
     assert (report["method"], report["steps"], report["stages"]) == ("encoder", 0, [])
     error(train("--steps", 1), "--overwrite replaces it")
@@ -323,6 +365,8 @@ def test_portraits(tmp_path):
     error(posefree("portraits", "--out", tmp_path/"p"), "--overwrite")
     error(posefree("portraits", "--n", 0, "--out", tmp_path/"q"), "expected 1 to")
     error(posefree("portraits", "--size", 1, "--out", tmp_path/"q"), "expected a size")
+    for option, v in (("--yaw-deg", "nan"), ("--yaw-deg", 500), ("--pitch-deg", 95)): error(posefree("portraits", option, v, "--out", tmp_path/"r"), "expected angles within 89 degrees", str(v))
+    assert not (tmp_path/"r").exists()
 
 def test_train_exports_a_generator_that_loads(tmp_path):
     train = lambda out, *a: posefree("train", "--out", out, "--device", "cpu", "--no-progress", *a)
@@ -364,6 +408,7 @@ def test_train_with_any_setting(tmp_path):
     assert code == 0, err
     said = json.loads((tmp_path/"r"/"generator.json").read_text())["training"]
     assert said["loss"] == "relativistic" and said["r2_gamma"] == .12 and said["fall_kimg"] == [1, 2] and said["r1_gamma"] == .05 / 4 and said["g_rate"] == TrainConfig().g_rate
+    error(posefree("train", "--out", tmp_path/"r", "--device", "cpu", "--kimg", 1, "--resume", "--batch", 32, "--size", 32), "settings that the run", "--batch 32, --size 32")   # though both are the usual ones
     assert train(tmp_path/"r", "--kimg", .016, "--resume", *asked)[0] == 0          # the same command goes on
     error(train(tmp_path/"r", "--kimg", 1, "--resume", "--set", "r2_gamma=.2"), "settings that the run", "--set r2_gamma=0.2")
     code, _, err = train(tmp_path/"g", "--kimg", .008, "--size", 32, "--grow-from", tmp_path/"r", "--set", "g_rate=0.001")
@@ -490,6 +535,8 @@ def test_doctor_says_what_is_there():
     assert next(line for line in said.splitlines() if "compiled march" in line).startswith("ok" if COMPILER else "missing")
     assert "torch" in said and "MTCNN" in said and "generator portraits" in said and "encoder portrait-eval" in said
     assert code == (1 if "broken" in said else 0)
+    shipped = [line for line in said.splitlines() if " generator " in f" {line[9:]}" or " encoder " in f" {line[9:]}" or "pose oracle" in line]
+    assert len(shipped) > 8 and all(line.startswith("ok ") for line in shipped), shipped
 
 def test_the_function_is_the_command(home, tmp_path):
     outcome = cli.invert([home/"a.png"], tmp_path, generator=str(home/"small.safetensors"), device="cpu", steps=1, mesh=False, video=False, progress=False)
@@ -510,6 +557,10 @@ def test_compiled_is_for_cpus():
     from posefree_kit.cli import march_for
     march_for(True, torch.device("cpu")); march_for(False, torch.device("cuda"))
     with pytest.raises(InputError, match="--compiled: expected a CPU, got cuda"): march_for(True, torch.device("cuda"))
+
+def test_options_that_nothing_would_come_of_are_refused(home, tmp_path):
+    error(posefree("scale", "--input", home, "--out", tmp_path/"o", "--local", "--workers", 3), "expected --local", "or --workers 3, got both")
+    error(posefree("scale", "--input", home, "--out", tmp_path/"o", "--local", "--address", "auto"), "expected --local", "or --address, got both")
 
 def test_a_generator_without_its_run_is_not_replaced(tmp_path):
     (tmp_path/"generator.safetensors").write_bytes(b"somebody's")

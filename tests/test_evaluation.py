@@ -460,8 +460,11 @@ def test_the_command_measures_resumes_and_makes_tables(G, tmp_path, monkeypatch)
     before = (out/"table.md").read_bytes()
     assert call("--methods", "latent,latent:w", "--ablate", "full,no_geo", "--resume").exit_code == 0 and (out/"table.md").read_bytes() == before
 
-def test_inputs_for_others(G, tmp_path):
+def test_inputs_for_others(G, tmp_path, capsys):
     save_checkpoint(tmp_path/"small.safetensors", G, G.reader)
     rows = cli.evaluate(tmp_path/"out", sets="portraits-occluded", n=1, inputs=tmp_path/"in", generator=tmp_path/"small.safetensors")
     assert rows[0]["size"] == 16 and (tmp_path/"in"/"portraits-occluded"/"10400006"/"input.png").is_file() and not (tmp_path/"out").exists()
+    assert "inputs of portraits-occluded, 1 people each" in capsys.readouterr().out
+    with pytest.raises(InputError, match="expected no inputs in .*portraits-occluded.*got views.json"): cli.evaluate(tmp_path/"out", sets="portraits-occluded", n=1, inputs=tmp_path/"in", generator=tmp_path/"small.safetensors")
+    with pytest.raises(InputError, match="expected sets that have pictures with --inputs, got 'self'"): cli.evaluate(tmp_path/"out", sets="self", n=1, inputs=tmp_path/"in", generator=tmp_path/"small.safetensors")
     with pytest.raises(InputError, match="at least 1"): cli.evaluate(tmp_path/"out", n=0)

@@ -106,6 +106,35 @@ def test_trouble_in_the_start_search_is_told(G, once):
         assert e.value.state.w.shape == (1, G.config.w_dim)
 
 
+def test_trouble_of_the_search_and_of_the_run_are_both_told(G):
+    class Bad(Pixels):
+        calls = 0
+        @staticmethod
+        def distance(a, b, mask=None):
+            Bad.calls += 1
+            return Pixels.distance(a, b) * (float("inf") if Bad.calls == 3 else 1.)
+    report = invert(G.sample(1, seed=6)[1].rgb, G, TINY, psi=Bad, phi=Pixels, state=InvertState(G.w_avg[None], searched="in the start search: x")).report
+    assert report["trouble"] == "in the start search: x; rec is not finite at step 2 of 10"
+
+
+def test_a_report_has_every_loss_where_it_was_last_due(G):
+    from posefree_kit.scale import one_of
+    inv = run(G, G.sample(2, seed=8)[1].rgb)
+    assert "mv" not in inv.trace[9] and inv.report["stages"][1]["losses"]["mv"] == round(float(inv.trace[8]["mv"].mean()), 5)
+    assert one_of(inv, 1, 0.).report["stages"][1]["losses"]["mv"] == round(float(inv.trace[8]["mv"][1]), 5)
+
+
+def test_a_state_moves_as_a_whole(G):
+    state = run(G, G.sample(1, seed=6)[1].rgb).state
+    moved = state.copy().to("meta")
+    assert moved.w.device.type == moved.adam["m"][0].device.type == moved.before[1].device.type == moved.before[3]["v"][0].device.type == "meta" and state.before[1].device.type == "cpu"
+
+
+@pytest.mark.parametrize("bad", [dict(shrink=0), dict(shrink=-1), dict(rate=-1.), dict(rate=float("nan"))])
+def test_a_stage_that_cannot_be_is_refused(bad):
+    with pytest.raises(InputError, match=f"Stage.{next(iter(bad))}: expected"): Stage(**dict(steps=1, shrink=1, rate=.1, layers=True) | bad)
+
+
 def test_networks_without_a_name_are_told_by_their_kind(G):
     class Nameless: features, distance, embed = (staticmethod(getattr(Pixels, k)) for k in ("features", "distance", "embed"))
     report = invert(G.sample(1, seed=6)[1].rgb, G, dataclasses.replace(TINY, start_steps=0), psi=Nameless(), phi=Pixels).report
@@ -115,6 +144,9 @@ def test_networks_without_a_name_are_told_by_their_kind(G):
 @pytest.mark.parametrize("image", [torch.zeros(3, 16, 16), torch.zeros(1, 3, 16, 12), torch.full((1, 3, 16, 16), float("nan"))])
 def test_bad_images(G, image):
     with pytest.raises(InputError): run(G, image)
+
+def test_a_stage_needs_a_pixel(G):
+    with pytest.raises(InputError, match="Stage.shrink: expected at most 16, the generator's pixels a side, got 32"): run(G, torch.zeros(1, 3, 16, 16), quick(stages=(Stage(1, 32, .1, True),)))
 
 
 def test_presets_survive_json():
@@ -201,6 +233,23 @@ def test_the_whole_w_form_inverts_too():
     G.set_reader(Discriminator(DiscriminatorConfig(channels=(8, 8))).eval())
     inv = run(G.requires_grad_(False), G.sample(2, seed=1)[1].rgb, dataclasses.replace(TINY, starts=4))
     assert inv.w.shape == (2, 72) and torch.equal(inv.pose.yaw, G.pose(inv.w).yaw)
+
+
+@pytest.mark.parametrize("view_dim", [0, 8])
+def test_a_large_generator_is_looked_at_few_at_a_time(view_dim, monkeypatch):
+    from types import SimpleNamespace
+    from posefree_kit import optimiser
+    for name in shipped(): assert optimiser._at_once(load_generator(name, "cpu")) == 64                # as ever
+    ffhq = GeneratorConfig(z_dim=512, w_dim=512, view_dim=0, channels=(512, 512, 512, 512, 512, 256, 128), plane_channels=32, render_resolution=64, superresolution="4x", features=32)
+    assert 4 <= optimiser._at_once(SimpleNamespace(config=ffhq, resolution=256)) <= 8
+    torch.manual_seed(1)
+    G = PoseFreeGenerator(GeneratorConfig(channels=(8, 8), plane_channels=4, render_resolution=8, view_dim=view_dim)).start().requires_grad_(False)
+    G.set_reader(Discriminator(DiscriminatorConfig(channels=(8, 8))).eval())
+    target, config, seen, planes = G.sample(1, seed=1)[1].rgb, quick(candidates=40, starts=4), [], G.planes
+    all_at_once = candidates(G, target, config)
+    monkeypatch.setattr(optimiser, "_at_once", lambda G: 3)
+    monkeypatch.setattr(G, "planes", lambda ws: (seen.append(len(ws)), planes(ws))[1])
+    assert torch.allclose(candidates(G, target, config), all_at_once) and max(seen) == 3
 
 
 @pytest.mark.parametrize("starts", [1, 3])

@@ -91,6 +91,23 @@ def test_cutting_out_does_not_alias():
     stripes = (torch.arange(256) % 2 * 2. - 1).expand(1, 3, 256, 256)
     assert cut_out(stripes, torch.tensor([127.5, 127.5]), 256, 0., 32)[0].abs().max() < 1e-4
 
+@pytest.mark.parametrize("ratio", [15, 40])
+def test_cutting_a_small_picture_out_of_a_huge_one_does_not_alias(ratio):
+    stripes = (torch.arange(640) % 2 * 2. - 1).expand(1, 3, 640, 640)
+    assert cut_out(stripes, torch.tensor([319.5, 319.5]), 600., 0., 600 // ratio)[0].abs().max() < .02
+
+def test_plain_background_goes_along_with_another_frame():
+    from posefree_kit import photos
+    people = portrait_batch([3, 4], 128, Pose.deg(0.))
+    def near(points): c, s, r = similarity(points); return c + torch.tensor([.1, -.05]) * s, s * .75, r + .1
+    for x, mask in zip(people.image.split(1), people.mask.split(1)):
+        keep, plain = (align_face(x, 96, framing=near, background=b).image for b in ("keep", "plain"))
+        person = cut_out(mask.float().expand(-1, 3, -1, -1), *near(find_faces(x)[0].landmarks), 96)[0][:, :1] > .5
+        changed = (keep - plain).abs().amax(1, keepdim=True) > 1e-3
+        assert (changed & person).sum() < .1 * person.sum() and (changed & ~person).sum() > .2 * (~person).sum(), (changed & person).sum() / person.sum()
+    at = photos._in_our_framing(find_faces(x)[0].landmarks, *similarity(find_faces(x)[0].landmarks), 32)
+    assert torch.allclose(outline(32, at), outline(32), atol=1e-3)                  # ours in ours is ours
+
 def test_plain_background_keeps_the_face():
     x = portrait_batch([3], 64, Pose.deg(0.)).image
     y = plain_background(x)
