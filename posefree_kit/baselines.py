@@ -414,6 +414,7 @@ def save_latent_encoder(net:LatentEncoder, path:Path|str, generator:PoseFreeGene
     with whole_file(path) as tmp: tmp.write_bytes(data)
     save_json(dict(name=Path(path).stem, config=config_to_dict(net.config), sha256=sha256(data), bytes=len(data), generator=dict(name=generator.name, sha256=generator.sha256), **card), Path(path).with_suffix(".json"))
 
+# %% ../nbs/14_baselines.ipynb #157dca9f
 def read_latent_encoder(path) -> LatentEncoder: # frozen, on the CPU; its `card` is the model card
     "Read an encoder and check it against its card, whichever generator it belongs to"
     path = Path(path)

@@ -119,6 +119,7 @@ def _storage(data):
     if s.nbytes() > len(data): raise InputError(f"snapshot: expected a storage of at most {len(data):,} bytes, got {s.nbytes():,}")
     return s
 
+# %% ../nbs/09_checkpoints.ipynb #36af498f
 def _tensor(storage, offset, size, stride, *_):
     "A view of a storage, if it lies inside"
     if not isinstance(storage, torch.storage.TypedStorage): raise InputError(f"snapshot: expected a typed storage, got {type(storage).__name__}")

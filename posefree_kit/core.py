@@ -429,6 +429,7 @@ class Hollow(torch.overrides.TorchFunctionMode):
         if func in (torch.Tensor.div, torch.deg2rad): return args[0] # the shape is the same
         with torch.device("meta"): return func(*args, **kwargs or {})
 
+# %% ../nbs/00_core.ipynb #7f1d0a0f
 def read_network(
     make:typing.Callable[[], Net], # () -> the module; called twice: first without memory, to compare
     path, # a .safetensors file

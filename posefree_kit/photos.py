@@ -184,6 +184,7 @@ def _look_again(image, points, device): # the detector is best on upright faces:
 
 CHOICES = {"largest": lambda f: -f.area, "surest": lambda f: -f.probability, "leftmost": lambda f: f.box[0], "rightmost": lambda f: -f.box[2]}
 
+# %% ../nbs/13_photos.ipynb #9beaccef
 def align_face(
     image:Tensor, # (1, 3, H, W) in [-1, 1]
     size:int=256, # pixels a side of the result
