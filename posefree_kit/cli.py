@@ -477,8 +477,7 @@ def evaluate(
     for s in chosen: evaluation.set_seeds(s, n)
     march_for(compiled, where)
     if inputs:
-        chosen = [s for s in chosen if s != evaluation.SELF]
-        if not chosen: raise InputError(f"expected sets that have pictures with --inputs, got {sets!r}: those of {evaluation.SELF} are drawn by the generator")
+        if evaluation.SELF in chosen: raise InputError(f"expected sets that have pictures with --inputs, got {sets!r}: those of {evaluation.SELF} are drawn by the generator")
         if there := [str(Path(inputs)/s) for s in chosen if (Path(inputs)/s/"views.json").exists()]: raise InputError(f"expected no inputs in {there[0]!r}, got views.json: give another folder, or remove it")
     G = load_generator(generator, where)
     if inputs:

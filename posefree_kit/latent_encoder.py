@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 from .core import InputError, check_range, resize
 from .pose import PoseFreeGenerator
-from .stylegan import Conv, Linear, ResidualBlock, lrelu
+from .stylegan import Conv, Linear, ResidualBlock, full, lrelu
 
 # %% ../nbs/07a_latent_encoder.ipynb #a08a0fcb
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class LatentEncoder(nn.Module):
         c = self.config
         if not len(image): return image.new_zeros(0, c.w_dim), image.new_zeros(0, c.num_ws, c.w_dim) # torch's PixelUnshuffle gives a batch of none back as it came
         x = self.body(resize(image, c.size))
-        with torch.autocast(image.device.type, enabled=False): # the heads always work in float32
-            x = x.float()
+        with torch.autocast(image.device.type, enabled=False): # the heads always work in single precision at least
+            x = full(x)
             deltas = self.deltas(x).view(-1, c.num_ws, c.look_dim) * (.1 * self.std[:c.look_dim])
             return self.mean + self.std * self.w(x), F.pad(deltas, (0, c.w_dim - c.look_dim))
 

@@ -360,8 +360,6 @@ class Inversion:
         "The same on another device, to look at there; `state` stays where the run can go on"
         moved = lambda x: x.to(device) if hasattr(x, "to") else x
         generator = self.generator and copy.deepcopy(self.generator).to(device)
-        for G in getattr(generator, "members", [generator]):
-            if getattr(G, "reader", None) is not None: G.set_reader(G.reader.to(device)) # beside the module: `.to` does not see it
         return Inversion(*map(moved, (self.w, self.deltas, self.ws, self.pose)), type(self.view)(*map(moved, self.view)), [{k: moved(v) for k, v in t.items()} for t in self.trace], self.report, self.state, generator)
 
 def prepare(image:Tensor, generator:PoseFreeGenerator, config:InvertConfig, psi=None, phi=None) -> tuple: # Networks, target (B, 3, R, R)

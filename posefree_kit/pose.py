@@ -6,7 +6,7 @@
 __all__ = ['LIMIT', 'PoseLearner', 'PoseFreeGenerator', 'look_at_angles', 'look_at_pose']
 
 # %% ../nbs/06_pose_learner.ipynb #c26f36fe
-import math
+import copy, math
 import torch
 from torch import nn, Tensor
 from .camera import Pose
@@ -42,7 +42,9 @@ class PoseFreeGenerator(Generator):
         self.reader = None # a discriminator, whose pose head reads poses off images
 
     def _apply(self, fn, *args, **kwargs): # `to`, `double`: the reader comes along to the device, and stays of its own type
-        if isinstance(self.reader, nn.Module): self.reader._apply(lambda x: x.to(fn(x).device), *args, **kwargs)
+        if isinstance(self.reader, nn.Module):
+            one = next(self.reader.parameters(), torch.empty(0))
+            if (device := fn(one.detach()).device) != one.device: self.set_reader(copy.deepcopy(self.reader).to(device)) # its own: others may share the one it had
         return super()._apply(fn, *args, **kwargs)
 
     def set_reader(self, discriminator): object.__setattr__(self, "reader", discriminator) # beside the generator, not one of its parts

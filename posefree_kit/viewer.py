@@ -438,6 +438,7 @@ def check_knob(config:InvertConfig, knob:str, value): # -> the value as it is ke
     if value is None: return None
     top = config.steps if knob == "split" else math.inf
     if not isinstance(value, (int, float)) or not 0 <= value <= top or not math.isfinite(value): raise InputError(f"expected {knob} as a number from 0{f' to {top}' if knob == 'split' else ''}, got {value!r}")
+    if knob != "split": steered(config, {knob: float(value)}) # the configuration has bounds of its own
     return int(value) if knob == "split" else float(value)
 
 # %% ../nbs/16_viewer.ipynb #16f00006

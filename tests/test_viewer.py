@@ -186,6 +186,7 @@ def test_what_cannot_be_set_is_refused(session):
     assert not session.asked
     one = with_steps(quick(stages=quick().stages[:1]), 4)
     with pytest.raises(InputError, match="two stages"): check_knob(one, "split", 2)
+    with pytest.raises(InputError, match="Stage.rate"): check_knob(one, "rate", 1e9)
 
 def test_without_a_hand_a_session_is_invert(small, face, session):
     whole = invert(face, small, SHORT, psi=Plain(), phi=Plain())
