@@ -758,7 +758,8 @@ def benchmark(
         c = resolve(m, config, a)[2]; set_seeds(s, n); check_judges(judges, c)
         row = dict(set=s, method=m, ablation=a, generator=generator.name, sha256=generator.sha256[:12], config=config_hash(c))
         path = Path(out)/"rows"/f"{stem(row)}.jsonl"
-        with contextlib.suppress(Busy): path.exists() and RowFile(path, resume).file.close()
+        if path.exists():
+            with contextlib.suppress(Busy), RowFile(path, resume): pass
         parts.append((s, m, a, c, row, path))
     for s, m, a, c, row, path in parts:
         strips = Path(out)/"images"/f"{safe(s)}.{row['sha256']}"
