@@ -80,26 +80,25 @@ def test_stop_and_continue_is_exact(G, stop):
     assert torch.equal(run(G, x, state=part.state).ws, whole.ws) and len(part.trace) == stop + 1
 
 
-def test_divergence_names_the_loss_and_keeps_the_last_good_state(G):
+def failing(when, counts=lambda a: True): # when: number of a call -> is its distance infinite? counts: which calls have one
     class Bad(Pixels):
         calls = 0
         @staticmethod
         def distance(a, b, mask=None):
-            Bad.calls += 1
-            return Pixels.distance(a, b) * (float("inf") if Bad.calls > 12 else 1.)
-    with pytest.raises(DivergedError, match="rec is not finite at step") as e: invert(G.sample(1, seed=6)[1].rgb, G, TINY, psi=Bad, phi=Pixels)
+            Bad.calls += counts(a)
+            return Pixels.distance(a, b) * (float("inf") if when(Bad.calls) else 1.)
+    return Bad
+
+
+def test_divergence_names_the_loss_and_keeps_the_last_good_state(G):
+    with pytest.raises(DivergedError, match="rec is not finite at step") as e: invert(G.sample(1, seed=6)[1].rgb, G, TINY, psi=failing(lambda call: call > 12), phi=Pixels)
     assert e.value.state.w.isfinite().all() and e.value.state.step > 0
 
 
 @pytest.mark.parametrize("once", [True, False])
 def test_trouble_in_the_start_search_is_told(G, once):
-    class Bad(Pixels):
-        calls = 0
-        @staticmethod
-        def distance(a, b, mask=None):
-            Bad.calls += len(a) == TINY.starts                                       # the image's starts, together
-            return Pixels.distance(a, b) * (float("inf") if Bad.calls == 3 or Bad.calls > 3 and not once else 1.)
-    go = lambda: invert(G.sample(1, seed=6)[1].rgb, G, TINY, psi=Bad, phi=Pixels)
+    bad = lambda: failing(lambda call: call == 3 or call > 3 and not once, lambda a: len(a) == TINY.starts) # the image's starts, together
+    go = lambda: invert(G.sample(1, seed=6)[1].rgb, G, TINY, psi=bad(), phi=Pixels)
     if once: assert go().report["trouble"].startswith("in the start search: rec is not finite at step")
     else:
         with pytest.raises(DivergedError, match="in the start search: rec") as e: go()
@@ -107,13 +106,7 @@ def test_trouble_in_the_start_search_is_told(G, once):
 
 
 def test_trouble_of_the_search_and_of_the_run_are_both_told(G):
-    class Bad(Pixels):
-        calls = 0
-        @staticmethod
-        def distance(a, b, mask=None):
-            Bad.calls += 1
-            return Pixels.distance(a, b) * (float("inf") if Bad.calls == 3 else 1.)
-    report = invert(G.sample(1, seed=6)[1].rgb, G, TINY, psi=Bad, phi=Pixels, state=InvertState(G.w_avg[None], searched="in the start search: x")).report
+    report = invert(G.sample(1, seed=6)[1].rgb, G, TINY, psi=failing(lambda call: call == 3), phi=Pixels, state=InvertState(G.w_avg[None], searched="in the start search: x")).report
     assert report["trouble"] == "in the start search: x; rec is not finite at step 2 of 10"
 
 
