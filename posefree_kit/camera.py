@@ -55,10 +55,10 @@ def mirror(pose:Pose) -> Pose:
     "The pose of the mirrored image (left and right swapped)"
     return Pose(-pose.yaw, pose.pitch, pose.radius)
 
-def camera_position(pose:Pose, radius:float=RADIUS) -> Tensor: # (B, 3)
+def camera_position(pose:Pose, radius:float=RADIUS) -> Tensor: # (B, 3); radius: where the pose has none of its own
     "Where the camera stands on its sphere"
     cp = pose.pitch.cos()
-    return radius * torch.stack([-pose.yaw.sin() * cp, pose.pitch.sin(), pose.yaw.cos() * cp], -1)
+    return (radius if pose.radius is None else pose.radius[:, None]) * torch.stack([-pose.yaw.sin() * cp, pose.pitch.sin(), pose.yaw.cos() * cp], -1)
 
 def pose_of_position(position:Tensor) -> Pose: # position: (B, 3), any length
     "The inverse of `camera_position`"
@@ -72,7 +72,7 @@ def cam2world(
     pivot:tuple=(0., 0., 0.), # the point looked at (the camera's position does not move with it, as in EG3D)
 ) -> Tensor: # (B, 4, 4)
     "Camera frame to world: columns right, down, forward, position"
-    position = camera_position(pose, radius) if pose.radius is None else camera_position(pose, 1.) * pose.radius[:, None]
+    position = camera_position(pose, radius)
     norm = lambda v: torch.nn.functional.normalize(v, dim=-1)
     forward = norm(position.new_tensor(pivot) - position)
     right = norm(torch.linalg.cross(forward, position.new_tensor([0., 1, 0]).expand_as(forward)))
@@ -135,11 +135,11 @@ def fit_frame(
     "The one rotation between two canonical frames, by orthogonal Procrustes"
     if not (estimated.stack().isfinite().all() and true.stack().isfinite().all()): raise InputError("expected poses of finite numbers, got others")
     if len(estimated) != len(true): raise InputError(f"expected as many estimated as true poses, got {len(estimated)} and {len(true)}")
-    a, b = camera_position(estimated, 1.).double(), camera_position(true, 1.).double()
+    a, b = (camera_position(Pose(p.yaw, p.pitch), 1.).double() for p in (estimated, true))
     u, _, vt = torch.linalg.svd(b.T @ a)
     flip = torch.diag(torch.tensor([1., 1, torch.linalg.det(u @ vt).sign()], dtype=torch.float64, device=a.device))
     return (u @ flip @ vt).float()
 
 def align_pose(estimated:Pose, frame:Tensor) -> Pose: # frame: (3, 3) from `fit_frame`
     "Poses moved into the other frame"
-    return pose_of_position(camera_position(estimated, 1.) @ frame.T)
+    return pose_of_position(camera_position(estimated, 1.) @ frame.T).at(estimated.radius)

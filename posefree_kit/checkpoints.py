@@ -76,6 +76,7 @@ def read_card(name_or_path="portraits") -> dict:
 def load_generator(
     name_or_path="portraits", # a shipped generator or a .safetensors file with its card
     device="auto",
+    reader:type=Discriminator, # the class of the discriminator that came along, where it is another: a subclass that replaces a method
 ) -> PoseFreeGenerator: # frozen, in evaluation mode, with `read_pose` if the discriminator came along
     "Load a generator; a damaged file, a wrong hash, a missing or misshapen tensor is an `InputError`"
     path, device = find_checkpoint(name_or_path), resolve_device(device)
@@ -87,7 +88,8 @@ def load_generator(
     c = config_from_dict(GeneratorConfig, info.get("generator"))
     G = read_network(lambda: PoseFreeGenerator(c), path, "G.")
     if info.get("discriminator"):
-        kind, settings = (OfficialReader, ReaderConfig) if info.get("reader") == "OfficialReader" else (Discriminator, DiscriminatorConfig)
+        kind, settings = (OfficialReader, ReaderConfig) if info.get("reader") == "OfficialReader" else (reader, DiscriminatorConfig)
+        if (had := info.get("reader") or "Discriminator") != kind.__name__: raise InputError(f"{path.name}: expected a discriminator of the class {kind.__name__}, got one of the class {_short(had)}: give that class, as `reader`")
         d = config_from_dict(settings, info["discriminator"])
         if d.resolution != c.resolution: raise InputError(f"{path.name}: expected a discriminator of {c.resolution} pixels, got one of {d.resolution}")
         G.set_reader(read_network(lambda: kind(d), path, "D.").requires_grad_(False).eval())

@@ -6,8 +6,8 @@
 __all__ = ['app', 'FRAMINGS', 'SPLIT', 'say', 'out_of', 'command', 'complete', 'Job', 'march_for', 'writable', 'inversion_config',
            'framing_for', 'check_cut', 'check_encoder', 'photo', 'read_square', 'claim', 'skip', 'optimise',
            'complete_files', 'one_image', 'Outcome', 'invert', 'render', 'latent_and_generator', 'portraits', 'cut_out',
-           'scale', 'names', 'evaluate', 'architecture', 'train', 'named_values', 'channels', 'own_encoder', 'grown',
-           'training_images', 'train_encoder', 'import_official', 'benchmark', 'Diagnosis', 'doctor']
+           'scale', 'names', 'evaluate', 'architecture', 'train', 'named_values', 'channels', 'widened', 'own_encoder',
+           'grown', 'training_images', 'train_encoder', 'import_official', 'benchmark', 'Diagnosis', 'doctor']
 
 # %% ../nbs/18_cli.ipynb #8ef8ee84
 import functools, json, math, os, sys, tempfile
@@ -126,9 +126,10 @@ def check_cut(align:bool, background:str, framing:str):
 
 def check_encoder(encoder:Optional[Path], method:str, preset:str="quick", steps:Optional[int]=None): # preset, steps: as asked for; the method of one look has none
     "A latent encoder is named for the methods that begin with one alone"
+    from posefree_kit.baselines import WITH_ENCODER
     from posefree_kit.core import InputError
     if method == "encoder" and (preset != "quick" or steps is not None): raise InputError(f"expected --preset and --steps with methods that optimise, got {f'--preset {preset}' if steps is None else f'--steps {steps}'} with encoder, which takes one look")
-    if encoder and not method.startswith("encoder"): raise InputError(f"expected --encoder with the methods encoder and encoder+latent, got it with {method}")
+    if encoder and method not in WITH_ENCODER: raise InputError(f"expected --encoder with the methods encoder and encoder+latent, got it with {method}")
 
 def photo(path, side:int, background:str, framing) -> tuple: # image (1, 3, side, side), what is known of the alignment, warnings
     "A photograph's face, found, levelled and cut out"
@@ -187,7 +188,7 @@ def skip(path:Path, folder:Path, job:Job) -> Optional[dict]: # the report of wha
 def optimise(path:Path, image, job:Job, folder:Path): # -> Inversion
     "Run the method with a progress bar that shows the losses"
     from tqdm import tqdm
-    from posefree_kit.baselines import METHODS
+    from posefree_kit.baselines import by_name
     from posefree_kit.core import DivergedError, memory_advice
     from posefree_kit.viewer import save_latent
     with tqdm(total=job.config.steps, desc=f"{path.name[:24]}: looking for a start", disable=not job.progress, mininterval=.3, leave=False) as bar:
@@ -195,7 +196,7 @@ def optimise(path:Path, image, job:Job, folder:Path): # -> Inversion
             if step.step == 0: bar.set_description(path.name[:24], refresh=False)
             bar.set_postfix({k: f"{float(v.mean()):.3f}" for k, v in step.parts.items() if "prior" not in k}, refresh=False); bar.update(1)
         try:
-            with memory_advice("a generator of fewer pixels, or --device cpu"): return METHODS[job.method](image, job.generator, job.config, show, psi=job.psi, phi=job.phi, **(dict(net=job.encoder) if job.encoder else {}))
+            with memory_advice("a generator of fewer pixels, or --device cpu"): return by_name(job.method, image, job.generator, job.config, show, psi=job.psi, phi=job.phi, **(dict(net=job.encoder) if job.encoder else {}))
         except DivergedError as e:
             G, s = job.generator, e.state
             reached = SimpleNamespace(w=s.w, deltas=s.deltas(G), pose=s.pose(G), generator=None, report=dict(generator=dict(name=G.name, sha256=G.sha256, resolution=G.resolution), method=job.method))
@@ -271,7 +272,7 @@ def invert(
     progress:Annotated[bool, typer.Option(help="Show a progress bar with the losses.")]=True,
 ) -> Outcome:
     "Turn images into 3D-consistent reconstructions."
-    from posefree_kit.baselines import METHODS, load_latent_encoder
+    from posefree_kit.baselines import METHODS, WITH_ENCODER, load_latent_encoder
     from posefree_kit.checkpoints import load_generator
     from posefree_kit.core import FULL, InputError, resolve_device
     from posefree_kit.features import load_identity, load_perceptual, lpips_alex
@@ -285,7 +286,7 @@ def invert(
     G = load_generator(generator, where)
     if compiled: G.compile_march()
     config = inversion_config(G.config.domain, preset, space, seed, steps, perceptual, identity)
-    net = load_latent_encoder(G, encoder) if method.startswith("encoder") else None
+    net = load_latent_encoder(G, encoder) if method in WITH_ENCODER else None
     judge = load_identity("portrait-eval", device=where) if G.config.domain == "faces" else None
     if judge and judge.name in (config.identity, config.perceptual): raise InputError(f"expected --identity and --perceptual other than {judge.name}, which judges the result: its figures would flatter")
     cut = framing_for(G, framing) if align else None
@@ -418,7 +419,7 @@ def scale(
 ): # -> scale.Summary
     "Invert many images: one Parquet row each, on one machine or on a Ray cluster."
     from posefree_kit import scale as many
-    from posefree_kit.baselines import load_latent_encoder
+    from posefree_kit.baselines import WITH_ENCODER, load_latent_encoder
     from posefree_kit.checkpoints import load_generator
     from posefree_kit.core import InputError, resolve_device
     from posefree_kit.viewer import write_results
@@ -431,7 +432,7 @@ def scale(
     config = inversion_config(G.config.domain, preset, space, seed, steps, perceptual, identity)
     read = functools.partial(cut_out, side=max(256, G.resolution), background=background, framing=framing_for(G, framing)) if align else many.read_square
     write = functools.partial(write_results, solid=mesh, film=video) if files else None
-    if method.startswith("encoder"): load_latent_encoder(G, encoder) # a wrong one stops the call, not each image
+    if method in WITH_ENCODER: load_latent_encoder(G, encoder) # a wrong one stops the call, not each image
     more = dict(files=[files, files and mesh, files and video], align=[background, framing] if align else None)
     path = str(Path(generator).resolve()) if Path(generator).is_file() else generator
     job = many.Job(str(writable(out)), path, G.sha256, config, method, str(Path(encoder).resolve()) if encoder else None, batch, device, cores, compiled, read, write, more)
@@ -518,6 +519,7 @@ def train(
     grow_from:Annotated[Optional[Path], typer.Option(help="A finished run of half the size to start from; with --encode, its encoder grows along.", show_default=False)]=None,
     start:Annotated[Optional[str], typer.Option(help="Begin with a trained generator: a shipped name, or a .safetensors file with its discriminator.", show_default=False)]=None,
     wider:Annotated[Optional[str], typer.Option("--widen", help="With --start: so many channels in the generator's blocks, 4 x 4 first, as in 256,256,192,96,32; it begins with the same pictures.", show_default=False)]=None,
+    wider_d:Annotated[Optional[str], typer.Option("--widen-discriminator", help="With --start: so many channels in the discriminator's layers, the picture first, as in 32,64,128,192,256; it begins with nearly the same judgements.", show_default=False)]=None,
     pose_conditioned:Annotated[bool, typer.Option("--pose-conditioned/--no-pose-conditioned", help="The discriminator scores an image together with the pose that is read off it; not: the image alone (the paper's ablation). For runs that begin from nothing.")]=True,
     encode:Annotated[Optional[float], typer.Option(help="Share of the generated images whose look an encoder, which learns along, reads off real ones: for heads that are solid already. Writes latent_encoder.safetensors too [default: 0].", show_default=False)]=None,
     resume:Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")]=False,
@@ -534,7 +536,7 @@ def train(
     In several processes: `accelerate launch --multi_gpu --num_processes 2 -m posefree_kit.cli train ...` (needs posefree_kit[scale]; with --device cpu, on CPUs). Each takes its share of --batch, and one of them writes."""
     from posefree_kit.core import DivergedError, InputError, config_from_dict, config_to_dict, read_json, resolve_device, save_json
     from posefree_kit.checkpoints import load_generator, save_checkpoint
-    from posefree_kit.training import STATE, Processes, TrainConfig, fit, go_on_with, load_state, watch_poses, widen
+    from posefree_kit.training import STATE, Processes, TrainConfig, fit, go_on_with, load_state, watch_poses
     budget = [f"--{k} {v:g}" for k, v in dict(minutes=minutes, kimg=kimg).items() if v is not None and not v > 0]
     if budget or (minutes is None and kimg is None): raise InputError(f"expected a budget above 0, --minutes or --kimg (or both), got {budget[0] if budget else 'none'}")
     share = Processes.launched(device)
@@ -543,8 +545,8 @@ def train(
     if not resume and share.any(bool(made := [n for n in ("generator.safetensors", "latent_encoder.safetensors") if (Path(out)/n).exists()])): raise InputError(f"expected a new folder, got {str(out)!r} with {made[0] if made else 'a generator'} in it, which the run would replace at its end")
     if resume and not there: raise InputError(f"expected a run to go on with, got {str(out)!r} without {STATE}: leave --resume out to begin one")
     if start and grow_from: raise InputError("expected --start or --grow-from, got both")
-    wide = channels(wider) if wider else None
-    if wide and not start: raise InputError("--widen: expected --start, the generator that becomes wider")
+    wide, wide_d = channels(wider), channels(wider_d, "--widen-discriminator")
+    if (wide or wide_d) and not start: raise InputError(f"{'--widen' if wide else '--widen-discriminator'}: expected --start, the generator that becomes wider, or whose discriminator does")
     if not pose_conditioned and (start or grow_from): raise InputError(f"--no-pose-conditioned: expected a run that begins from nothing, got {'--start' if start else '--grow-from'}, whose discriminator is there")
     given = named_values(settings or [], dict(batch="--batch", seed="--seed", encode_share="--encode"))
     if resume and (start or grow_from): raise InputError(f"--resume: expected the run in {str(out)!r} alone, got {'--start' if start else '--grow-from'} too")
@@ -564,7 +566,7 @@ def train(
     if trained and size not in (None, trained.resolution): raise InputError(f"--size: expected {trained.resolution}, the size of {start}, or none, got {size}")
     config = config_from_dict(TrainConfig, dict(batch=batch, seed=seed, encode_share=encode, r1_gamma=.05 * ((trained.resolution if trained else size or 32) / 32) ** 2) | given)
     encoder = own_encoder(trained, start) if trained and encode else None
-    state = None if resume else go_on_with(widen(trained, wide, trained.config.look_dim, seed) if wide else trained, config, encoder) if start else grown(grow_from, size, config, where, given) if grow_from else None
+    state = None if resume else go_on_with(widened(trained, wide, wide_d, seed), config, encoder) if start else grown(grow_from, size, config, where, given) if grow_from else None
     if lost := [k for k in given if state and getattr(state.config, k) != getattr(config, k)]: raise InputError(f"--set {lost[0]}: expected a run that begins from nothing or grows, got --start, after which nothing is blurred, faded in or made easy")
     if start and encode and not encoder and share.main: say(f"note: no encoder was saved with {start}: one that has learnt nothing yet begins", err=True)
     size = state.G.resolution if state else old.G.resolution if old else 32 if size is None else size
@@ -580,7 +582,7 @@ def train(
     if other := [k for k in dict.fromkeys([*had, *seen]) if had.get(k) != seen.get(k)]: raise InputError(f"--resume: expected the pictures that the run in {str(out)!r} began with, {had.get(other[0])} ({other[0]}), got {seen.get(other[0])}")
     if share.main:
         save_json(seen, writable(out)/told.name)
-        if trained: save_json(dict(name=trained.name, sha256=trained.sha256, **(dict(widened=list(wide)) if wide else {}), **(dict(encoder=encoder.card["sha256"] if encoder else None) if encode else {})), origin) # a run that goes on later still says so in its card
+        if trained: save_json(dict(name=trained.name, sha256=trained.sha256, **(dict(widened=list(wide)) if wide else {}), **(dict(widened_discriminator=list(wide_d)) if wide_d else {}), **(dict(encoder=encoder.card["sha256"] if encoder else None) if encode else {})), origin) # a run that goes on later still says so in its card
         elif not resume: origin.unlink(missing_ok=True)
     diverged = None
     try: s = fit(pictures, writable(out), **(dict(generator=g, discriminator=d) if g else {}), config=None if resume else state.config if state else config, minutes=minutes, kimg=kimg, resume=resume, start=state, device=where, easy=easy, compiled=compiled, watch=watch_poses(size) if watch else None, progress=progress)
@@ -610,11 +612,22 @@ def named_values(settings:list, elsewhere:dict) -> dict: # NAME=VALUE -> {name: 
         except (InputError, ValueError): given[name] = value
     return given
 
-def channels(text:str) -> tuple: # "256,256,192" -> (256, 256, 192)
+def channels(text:Optional[str], option:str="--widen") -> Optional[tuple]: # "256,256,192" -> (256, 256, 192)
     "What `--widen` was given"
     from posefree_kit.core import InputError
+    if text is None: return None
     try: return tuple(int(x) for x in text.split(","))
-    except ValueError: raise InputError(f"--widen: expected whole numbers with commas between, got {text!r}") from None
+    except ValueError: raise InputError(f"{option}: expected whole numbers with commas between, got {text!r}") from None
+
+def widened(G, wide:Optional[tuple], wide_d:Optional[tuple], seed:int): # -> PoseFreeGenerator
+    "A generator and its discriminator with as many channels as were asked for"
+    from posefree_kit.core import InputError
+    from posefree_kit.discriminator import Discriminator, widen_discriminator
+    from posefree_kit.training import widen
+    if wide: G = widen(G, wide, G.config.look_dim, seed)
+    if wide_d and not isinstance(G.reader, Discriminator): raise InputError(f"--widen-discriminator: expected a generator with the discriminator that it was trained with, got {G.name!r} without")
+    if wide_d: G.set_reader(widen_discriminator(G.reader, wide_d, seed))
+    return G
 
 def own_encoder(G, start:str): # -> LatentEncoder, or None
     "The encoder that was saved with a generator: the shipped one, or latent_encoder.safetensors beside its file"

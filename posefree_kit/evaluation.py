@@ -523,6 +523,7 @@ def evaluate(
     "Ask a method about images, and score what it says"
     from tqdm.auto import tqdm
     (label, function, config), device = resolve(method, config, ablation), str(generator.w_avg.device)
+    if out and label in ("partial", "<lambda>"): raise InputError(f"evaluate: expected a method with a name of its own, by which its rows are known, got {label}: define a function, or leave `out` away")
     judges = judges or load_judges(device, generator.config.domain, config.perceptual); check_judges(judges, config)
     load_perceptual(config.perceptual, device=device); load_identity(config.identity, device=device) # missing weights are no method's failure
     name, names, make = asked(images, n, generator)

@@ -351,7 +351,8 @@ class Sight:
     "Psi and phi while a picture is looked for: the target is looked at once, and one pass serves both networks where they are the same encoder"
     def __init__(self, psi, phi, target:Tensor): # target: (B, 3, R, R), the same in every step
         self.psi, self.phi, self.whole = psi, phi, target
-        self.ours = isinstance(psi, Perceptual) and type(psi).distance is Perceptual.distance, isinstance(phi, Identity)
+        own = lambda net, kind, *names: isinstance(net, kind) and all(getattr(type(net), n) is getattr(kind, n) and n not in vars(net) for n in names) # nothing replaced, in a subclass or on the object
+        self.ours = own(psi, Perceptual, "weighted", "features", "distance"), own(phi, Identity, "embed")
         self.one = all(self.ours) and isinstance(psi.network, Maps) and isinstance(phi.network, PortraitEncoder) and psi.source == phi.source
         self.targets, self.kept, self.now = {}, {}, {}
     def target(self, size:int) -> Tensor: # (B, 3, size, size): the same tensor every time

@@ -54,10 +54,11 @@ def fresh_encoder(
     G:PoseFreeGenerator,
     seed:int=0,
     start:LatentEncoder|None=None, # the weights to begin with
+    config:LatentEncoderConfig|None=None, # widths, hidden layer and size; None: those of `start`, else the defaults
     same_w:bool=False, # `start` speaks of the codes that G draws: its units stay, as they do if its card names this very generator, and G may have layers that it does not know: they begin with the deltas of its last
 ) -> LatentEncoder:
     "An encoder for a generator: untrained, or with the weights of one that was trained for another of the same shape"
-    c = LatentEncoderConfig(w_dim=G.config.w_dim, look_dim=G.config.look_dim, num_ws=G.num_ws)
+    c = replace(config or (LatentEncoderConfig() if start is None else start.config), w_dim=G.config.w_dim, look_dim=G.config.look_dim, num_ws=G.num_ws)
     new = c.num_ws - start.config.num_ws if start is not None and same_w else 0
     if start is not None and (new < 0 or replace(start.config, num_ws=start.config.num_ws + new) != c): raise InputError(f"start: expected an encoder of the shape {c}, got {start.config}")
     with torch.random.fork_rng([]): torch.default_generator.manual_seed(seed); net = LatentEncoder(c)

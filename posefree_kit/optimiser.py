@@ -98,6 +98,8 @@ class InvertConfig:
         if any(s.steps < 0 for s in self.stages): raise InputError(f"InvertConfig.stages: expected no stage of less than 0 steps, got {[s.steps for s in self.stages]}")
         if not self.stages or self.steps < 1: raise InputError(f"InvertConfig.stages: expected at least 1 step in all, got {[s.steps for s in self.stages]}")
         check_range(self, 0, 1e6, "clip", "noise", "l1", "perceptual_weight", "raw", "w_prior", "delta_prior", "start_steps"); check_range(self, 0, 1, "warmup"); check_range(self, 1, 100_000, "candidates", "starts", "mv_every"); check_range(self, 0, 1 << 40, "seed")
+        for f in dataclasses.fields(self):
+            if f.type in (Schedule, "Schedule") and not callable(getattr(self, f.name)): raise InputError(f"InvertConfig.{f.name}: expected a Schedule, as in constant(0.1), got {getattr(self, f.name)!r}")
         if self.mv_every < 1 or self.starts < 1 or self.candidates < self.starts: raise InputError("InvertConfig: expected mv_every >= 1 and candidates >= starts >= 1")
 
     @property
@@ -131,7 +133,7 @@ PRESETS = {"quick": quick, "paper": paper}
 class Networks:
     "The frozen networks of an inversion, handed in"
     generator:PoseFreeGenerator
-    psi:Any # perceptual: `.distance(a, b) -> (B,)`, `.features(x)`
+    psi:Any # perceptual: `.distance(a, b) -> (B,)`, which takes a mask (B, 1, H, H) as a third for `spi`, and `.features(x)`
     phi:Any # identity: `.embed(x) -> (B, d)`
 
 def view_offsets(config:InvertConfig, step:int) -> Pose: # (2,)
@@ -174,6 +176,7 @@ def objective(
     if lam["w_prior"]: parts["w_prior"] = losses.w_prior(w, G.w_avg)
     if lam["delta_prior"] and config.space == "w+" and config.stages[stage].layers: parts["delta_prior"] = losses.delta_prior(deltas)
     if taken := sorted(set(terms) & {*lam, "total", "step", "stage", "seconds", "rate", "pose", "weights"}): raise InputError(f"terms: expected new names, got {', '.join(taken)}") # a loss's, or an entry's of the trace
+    if bad := [k for k, v in terms.items() if not isinstance(v, (tuple, list)) or len(v) != 2 or not callable(v[1])]: raise InputError(f"terms[{bad[0]!r}]: expected (weight, function), got {terms[bad[0]]!r}")
     for name, (weight, f) in terms.items():
         lam[name], parts[name] = weight(p) if callable(weight) else weight, f(planes, pose, view, target)
         check_shape(parts[name], "B", f"terms[{name!r}]", B=len(target))
@@ -388,8 +391,9 @@ def invert(
         if state is None:
             w, starts, lost = search_start(nets, target, config)
             state = InvertState(w, searched=lost)
+        elif not isinstance(state, InvertState): raise InputError(f"state: expected an InvertState, as in InvertState(w), got {type(state).__name__}")
         elif state.d is not None and config.space == "w": raise InputError("state: expected one without deltas in the space w, got deltas")
-        else: state = state.copy().to(target.device)
+        else: check_shape(state.w, "B W", "state.w", B=b, W=len(generator.w_avg)); state = state.copy().to(target.device)
         first = state.step
         run(nets, target, config, state, callback, terms)
     return result(nets, config, state, dict(seconds=round(time.time() - t0, 2), steps=state.step - first, start_scores=None if starts is None else starts.tolist()))

@@ -52,7 +52,7 @@ class PoseFreeGenerator(Generator):
     def read_pose(self, image:Tensor) -> Pose: # (B, 3, R, R) at the generator's resolution
         "A first guess of an image's viewpoint by the discriminator that was trained with this generator: no estimator from outside"
         if self.reader is None: raise InputError(f"generator {self.name!r}: expected a discriminator with a pose head to have come along, got none")
-        return self.reader.read_pose(image.to(next(self.reader.parameters()).dtype) if isinstance(self.reader, nn.Module) else image).to(image.dtype)
+        return self.reader.read_pose(image.to(next(self.reader.parameters(), image).dtype) if isinstance(self.reader, nn.Module) else image).to(image.dtype)
 
     def pose(self, w:Tensor) -> Pose: # (B, w_dim)
         "The viewpoint that w carries (paper, Section 3.2), from a base w, never from per-layer ws; with `view_dim=0` a truncated w has another pose than the whole one"

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Callable
 import torch
 from torch import Tensor
-from .baselines import METHODS, load_latent_encoder
+from .baselines import METHODS, WITH_ENCODER, by_name, load_latent_encoder
 from .checkpoints import find_checkpoint, load_generator
 from .core import FULL, DivergedError, InputError, config_to_dict, image_suffixes, load_image, read_json, resize, resolve_device, save_json, sha256, whole_file
 from .evaluation import FAILURES, Busy, check_judges, image_metrics, load_judges
@@ -205,7 +205,7 @@ class Worker:
         if job.sha256 not in ("", self.generator.sha256): raise Halt(f"expected the generator {job.sha256[:12]} on every machine, got {self.generator.sha256[:12]}")
         if job.compiled: self.generator.compile_march()
         self.psi, self.phi = load_perceptual(job.config.perceptual, device=device), load_identity(job.config.identity, device=device)
-        try: self.more = dict(net=load_latent_encoder(self.generator, job.encoder)) if job.method.startswith("encoder") else {}
+        try: self.more = dict(net=load_latent_encoder(self.generator, job.encoder)) if job.method in WITH_ENCODER else {}
         except InputError as e: raise Halt(str(e)) from e
         self.judges = load_judges(str(device), self.generator.config.domain, job.config.perceptual); check_judges(self.judges, job.config)
     def ready(self) -> bool: self.load(); return True
@@ -239,7 +239,7 @@ class Worker:
         target = torch.cat([resize(seen[it.index][0], G.resolution) for it in items]).to(G.w_avg.device)
         failed = why = None
         try:
-            inv = METHODS[job.method](target, G, job.config, psi=self.psi, phi=self.phi, **self.more)
+            inv = by_name(job.method, target, G, job.config, psi=self.psi, phi=self.phi, **self.more)
             if len(items) > 1 and inv.report.get("trouble"): raise DivergedError(inv.report["trouble"], None)
             figures = image_metrics(inv.view.rgb, target, self.judges) | dict(depth_std=[round(float(v), 5) for v in depth_std(inv.view.depth, inv.view.weight)])
         except FAILURES as e:

@@ -267,6 +267,7 @@ class Conv(nn.Module):
         self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
         self.act, self.gain = act, 1 / math.sqrt(inputs * kernel * kernel)
     def forward(self, x):
+        if x.device.type == "cpu": x = x.contiguous(memory_format=torch.channels_last) # twice as fast with bfloat16; convolutions keep it: only the first of a network copies
         if self.act is not lrelu: y = F.conv2d(x, self.weight * self.gain, self.bias, padding=self.weight.shape[-1] // 2); return self.act(y) if self.act else y
         gain = math.sqrt(2) # lrelu(y) is a leaky ReLU of sqrt(2) y: the factor is cheaper on weights
         return F.leaky_relu(F.conv2d(x, self.weight * (self.gain * gain), None if self.bias is None else self.bias * gain, padding=self.weight.shape[-1] // 2), .2)

@@ -24,6 +24,7 @@ from .discriminator import Discriminator, DiscriminatorConfig, grow_discriminato
 from .generator import GeneratorConfig, Planes, View
 from .latent_encoder import LatentEncoder, LatentEncoderConfig, fresh_encoder
 from .pose import PoseFreeGenerator
+from .stylegan import full
 
 # %% ../nbs/08_training.ipynb #c43b14f8
 PLAIN:dict = dict(hair="short", hat=None, glasses=None, beard=None, mark=None, text=None, light=(.3, .5)) # an easier set to begin with
@@ -320,7 +321,7 @@ def make_state(G:PoseFreeGenerator, D:Discriminator, config:TrainConfig, E:Laten
     if E is None and config.encode_share: E = fresh_encoder(G, config.seed)
     slow = lambda net: copy.deepcopy(net).requires_grad_(False)
     opt_e = None if E is None else torch.optim.Adam(E.parameters(), config.encode_rate, betas=(.9, .99))
-    return TrainState(G, D, slow(G), _adam(G.parameters(), config.g_rate, config.density_every), _adam(D.parameters(), config.d_rate, config.r1_every), config, slow(D), moments=Moments(D.config.feature_dim).to(D.real.weight.device), E=E, e_ema=None if E is None else slow(E), opt_e=opt_e)
+    return TrainState(G, D, slow(G), _adam(G.parameters(), config.g_rate, config.density_every), _adam(D.parameters(), config.d_rate, config.r1_every), config, slow(D), moments=Moments(D.config.feature_dim).to(G.w_avg.device), E=E, e_ema=None if E is None else slow(E), opt_e=opt_e)
 
 # %% ../nbs/08_training.ipynb #d57f9b03
 class Fakes:
@@ -333,7 +334,7 @@ class Fakes:
         self.own = s.G.pose(self.w)
         sign, half = torch.ones(n, 2), int(n * c.flip_share)
         sign[:half // 2, 0] = -1; sign[half // 2:half, 1] = -1
-        self.pose = Pose.of(self.own.stack() * sign[rows].to(s.device))
+        self.pose = Pose.of(self.own.stack() * sign[rows].to(s.device)).at(self.own.radius)
         self.read = (torch.rand(n, generator=generator) < c.read_share)[rows].to(s.device) # judged at what is read off them
         ws, self.encoded = s.G.expand_ws(self.w), None
         self.drawn = torch.ones_like(self.w[:, 0]) # 0: whose look was read off a real image
@@ -343,7 +344,8 @@ class Fakes:
             self.encoded = Encoded(s, real[at], at, bare[rows].to(s.device)[at], int(picked.sum()))
             self.drawn[at] = 0.
             ws = ws.index_copy(0, at, self.encoded.ws) # their looks; the poses stay those of the codes that were drawn
-        with torch.autocast(s.device.type, torch.bfloat16, enabled=s.bf16): self.planes = s.G.planes(ws)
+        with torch.autocast(s.device.type, torch.bfloat16, enabled=s.bf16): planes = s.G.planes(ws)
+        self.planes = Planes(*(full(x) for x in planes)) # what does the rendering works in float32
         self.view = s.G.render(self.planes, self.pose, jitter=1., generator=Part(rng(jitter_seed, s.device), n, rows))
 
 # %% ../nbs/08_training.ipynb #d57f9b04
@@ -351,14 +353,14 @@ class Encoded:
     "Real images as the encoder reads them: latents, and in `loss` what they look like when rendered again"
     def __init__(self, s:TrainState, image:Tensor, at:Tensor, bare:Tensor, many:int): # image (b, 3, R, R); at (b,) their places in this process's batch; bare (b,) bool: without deltas; many: over all processes
         self.image, self.at, self.many = image, at, many
-        with torch.autocast(s.device.type, torch.bfloat16, enabled=s.bf16): self.w, self.deltas = s.E(image)
+        with torch.autocast(s.device.type, torch.bfloat16, enabled=s.bf16): self.w, self.deltas = map(full, s.E(image))
         self.ws = self.w[:, None] + torch.where(bare[:, None, None], 0., self.deltas)
 
     def loss(self, s:TrainState, fakes:Fakes, sigma:float, generator:torch.Generator|Part) -> dict: # -> {name: scalar}
         "The same planes from the pose that the encoder's own w carries, against the image; and the encoder on pictures whose latents are known"
         G, c, b, look = s.G, s.config, len(self.at), s.G.config.look_dim
         spread = lambda w: ((w - s.E.mean) / s.E.std)
-        with torch.autocast(s.device.type, torch.bfloat16, enabled=s.bf16): seen = s.E(fakes.view.rgb.detach())[0] # of all generated images
+        with torch.autocast(s.device.type, torch.bfloat16, enabled=s.bf16): seen = full(s.E(fakes.view.rgb.detach())[0]) # of all generated images
         spoken = torch.func.functional_call(G.pose_learner, {k: p.detach() for k, p in G.pose_learner.named_parameters()}, (seen,)) # the pose learner does not bend to the encoder's errors
         off = (spoken.stack() - fakes.pose.stack().detach()) / s.D.unit
         known = off.square().sum(1) / 2 + (fakes.drawn[:, None] * (spread(seen) - spread(fakes.w.detach()))[:, :look].square()).mean(1) + .02 * spread(seen)[:, look:].square().sum(1)
@@ -417,7 +419,7 @@ def d_step(s:TrainState, fakes:Fakes, real:Tensor, sigma:float, generator:torch.
 
 def g_step(s:TrainState, fakes:Fakes, real:Tensor, sigma:float, generator:torch.Generator) -> dict: # losses by name
     "One step of generator and pose learner"
-    c = s.config
+    c, learns = s.config, [p for p in s.D.parameters() if p.requires_grad] # a part of it may be frozen for good
     s.D.requires_grad_(False)
     with torch.autocast(s.device.type, torch.bfloat16, enabled=s.bf16):
         judged = s.D(blur(fakes.view.rgb, sigma), fakes.pose, fakes.read)
@@ -447,7 +449,7 @@ def g_step(s:TrainState, fakes:Fakes, real:Tensor, sigma:float, generator:torch.
     if s.kimg < c.hold_kimg:
         for p in s.G.pose_learner.parameters(): p.grad = None
     s.opt_g.step()
-    s.D.requires_grad_(True)
+    for p in learns: p.requires_grad_(True)
     return {k: v.detach() for k, v in parts.items()}
 
 # %% ../nbs/08_training.ipynb #d57f9b07
@@ -531,15 +533,20 @@ def save_state(s:TrainState, path:Path|str):
     "The whole run as one file of tensors and plain values, with its SHA-256"
     encoder = {} if s.E is None else dict(encoder=config_to_dict(s.E.config), E=s.E.state_dict(), e_ema=s.e_ema.state_dict(), opt_e=s.opt_e.state_dict())
     save_values(dict(G=s.G.state_dict(), D=s.D.state_dict(), ema=s.ema.state_dict(), d_ema=s.d_ema.state_dict(), opt_g=s.opt_g.state_dict(), opt_d=s.opt_d.state_dict(), seen=s.seen, growing=s.D.old_rgb is not None, trouble=s.trouble,
-                     generator=config_to_dict(s.G.config), discriminator=config_to_dict(s.D.config), config=config_to_dict(s.config), moments=s.moments.state_dict(), **encoder), path)
+                     generator=config_to_dict(s.G.config), discriminator=config_to_dict(s.D.config), kinds=[type(s.G).__name__, type(s.D).__name__], config=config_to_dict(s.config), moments=s.moments.state_dict(), **encoder), path)
 
-def load_state(path:Path|str, device="cpu") -> TrainState:
-    "Read a run back; a file that is damaged, or holds anything else, is an `InputError`"
+def load_state(
+    path:Path|str,
+    device="cpu",
+    kinds:tuple=(PoseFreeGenerator, Discriminator), # the classes of its networks: subclasses that replace a method of theirs
+) -> TrainState:
+    "Read a run back; a file that is damaged, holds anything else, or was trained with networks of other classes, is an `InputError`"
     d = read_torch(path, Path(path).name) if zipfile.is_zipfile(path) else load_values(path) # early states are in torch's own format
     try:
+        if (had := d.get("kinds", [k.__name__ for k in kinds])) != [k.__name__ for k in kinds]: raise InputError(f"{Path(path).name}: expected a {kinds[0].__name__} and a {kinds[1].__name__}, got a run of a {had[0]} and a {had[1]}: give their classes, as `kinds`")
         g, c = config_from_dict(GeneratorConfig, d["generator"]), config_from_dict(DiscriminatorConfig, d["discriminator"])
         E = _filled(lambda: LatentEncoder(config_from_dict(LatentEncoderConfig, d["encoder"])), d["E"]).to(device) if "encoder" in d else None
-        s = make_state(_filled(lambda: PoseFreeGenerator(g), d["G"]).to(device), _filled(lambda: _growing(c, d["growing"]), d["D"]).to(device), config_from_dict(TrainConfig, d["config"]), E)
+        s = make_state(_filled(lambda: kinds[0](g), d["G"]).to(device), _filled(lambda: _growing(kinds[1](c), d["growing"]), d["D"]).to(device), config_from_dict(TrainConfig, d["config"]), E)
         if E is not None: s.e_ema.load_state_dict(d["e_ema"]); s.opt_e.load_state_dict(d["opt_e"])
         if "moments" in d: s.moments.load_state_dict(d["moments"])
         s.ema.load_state_dict(d["ema"]); s.d_ema.load_state_dict(d.get("d_ema", d["D"])); s.opt_g.load_state_dict(d["opt_g"]); s.opt_d.load_state_dict(d["opt_d"]); s.seen, s.trouble = d["seen"], d.get("trouble", "")
@@ -547,9 +554,8 @@ def load_state(path:Path|str, device="cpu") -> TrainState:
     ramps(s)
     return s
 
-def _growing(config, growing):
-    D = Discriminator(config)
-    if growing: D.old_rgb = D.blocks[0].conv0.__class__(3, config.channels[1], 1)
+def _growing(D, growing):
+    if growing: D.old_rgb = D.blocks[0].conv0.__class__(3, D.config.channels[1], 1)
     return D
 
 def _filled(make, state): # a network with given tensors; compared before anything is allocated
@@ -581,6 +587,7 @@ def fit(
     watch=None, # called as watch(state) -> dict of figures at each save: looks on, changes nothing
     save_minutes:float=3., # minutes between saves
     device="auto", progress:bool=True,
+    kinds:tuple=(PoseFreeGenerator, Discriminator), # classes of the networks of a run that is resumed, as in `load_state`
 ) -> TrainState:
     "Train within a budget; log.jsonl, samples/*.png and run.state appear in `out`. A run that is killed at any moment goes on from there and ends the same (on a GPU, whose sums come in any order, nearly)"
     from tqdm.auto import tqdm
@@ -590,7 +597,7 @@ def fit(
     found = share.any(resume and (out/STATE).exists())
     if start is not None and found: raise InputError(f"fit: expected a folder without a run, to begin from `start`, got {str(out)!r} with one: give another folder, or resume=False, which begins anew in its place, or no `start`, and it goes on")
     if start is not None and (device.type != start.device.type or device.index not in (None, start.device.index or 0)): raise InputError(f"fit: expected a `start` on the device {device}, got one on {start.device}")
-    s = load_state(out/STATE, device) if found else start or new_state(generator or GeneratorConfig(), discriminator or DiscriminatorConfig(), config or TrainConfig(), device)
+    s = load_state(out/STATE, device, kinds) if found else start or new_state(generator or GeneratorConfig(), discriminator or DiscriminatorConfig(), config or TrainConfig(), device)
     if found or start is not None:
         for given, has in ((generator, s.G.config), (discriminator, s.D.config), (config, s.config)):
             if given is not None and given != has: raise InputError(f"fit: expected the {type(has).__name__} {f'that the run in {str(out)!r} began with' if found else 'of `start`'} (or none), got another in {', '.join(f.name for f in dataclasses.fields(has) if getattr(given, f.name) != getattr(has, f.name))}" + (": give another folder, or resume=False, which begins anew in its place" if found else ""))
@@ -620,7 +627,7 @@ def fit(
                 due = not more or share.any(time.time() - last > save_minutes * 60)
                 if due and not sound(s): raise FloatingPointError(f"a weight is not finite at step {s.step} ({s.kimg:.3f} kimg)")
             except FloatingPointError as e:
-                s, recent = step_back(e, out/STATE, device, share), []
+                s, recent = step_back(e, out/STATE, device, share, (type(s.G), type(s.D))), []
                 if compiled: s.G.compile_march(); s.ema.compile_march()
                 if share.main: bar.write(f"note: {s.trouble}: back to {s.kimg:.3f} kimg, and on at half the rate")
                 continue
@@ -633,9 +640,9 @@ def sound(s:TrainState) -> bool:
     "Is every weight a number?"
     return all(bool(p.isfinite().all()) for net in (s.G, s.D, s.ema, s.d_ema, *(() if s.E is None else (s.E, s.e_ema))) for p in net.state_dict().values())
 
-def step_back(why:Exception, path:Path, device:torch.device, share:Processes=Processes()) -> TrainState:
+def step_back(why:Exception, path:Path, device:torch.device, share:Processes=Processes(), kinds:tuple=(PoseFreeGenerator, Discriminator)) -> TrainState:
     "The last state that was saved, with half the rates; the second time, a `DivergedError` that carries it"
-    s = load_state(path, device)
+    s = load_state(path, device, kinds)
     s.share = share; share.wait() # all have read before one writes
     if s.trouble: raise DivergedError(f"{s.trouble}; at half the rate, {why}: stopped; the last good state is of {s.kimg:.3f} kimg", s)
     for group in s.groups: group.update({k: group[k] / 2 for k in ("lr", "rate") if k in group})
@@ -732,7 +739,7 @@ def encoder_figures(G:PoseFreeGenerator, E:LatentEncoder, image:Tensor, pose:Pos
 @torch.no_grad()
 def pose_figures(G:PoseFreeGenerator, D:Discriminator, image:Tensor, pose:Pose, samples:int=2048) -> dict: # image (N, 3, R, R), pose its truth
     "How well the pose head reads true poses (r, slope), and how widely generated poses spread (degrees)"
-    read = torch.cat([D.read_pose(x.to(D.real.weight.device)).degrees() for x in image.split(256)]).cpu()
+    read = torch.cat([D.read_pose(x.to(next(D.parameters()).device)).degrees() for x in image.split(256)]).cpu()
     true, own = pose.degrees().cpu(), G.pose(G.mapping(G.draw(samples, 1))).degrees().cpu()
     slope = lambda y, x: float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum())
     return {k: round(v, 3) for k, v in dict(yaw_r=correlation(read[:, 0], true[:, 0]), pitch_r=correlation(read[:, 1], true[:, 1]), yaw_slope=slope(read[:, 0], true[:, 0]),

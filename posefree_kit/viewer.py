@@ -656,7 +656,7 @@ def replay(
     generator, # the same
     report, # of a hand-driven run: its dictionary, or the path of its report.json
     psi=None, phi=None, # as they were given
-): # -> Inversion; on the same device the same latent, to the bit
+): # -> Inversion; on the same CPU the same latent, to the bit; on a GPU, whose sums come in any order, nearly
     "Repeat a hand-driven run"
     report = report if isinstance(report, dict) else read_json(report)
     hand = report.get("hand")

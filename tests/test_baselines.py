@@ -320,3 +320,19 @@ def test_the_shipped_encoder_is_small_and_knows_its_generator(face):
     lost, mean = (psnr(face.view(ws, at).rgb, v.rgb).mean() for ws, at in ((got[:, None] + d, face.pose(got)), (face.w_avg.expand(12, -1), face.pose(w))))
     assert lost > mean + 2                                                      # better than the mean face, seen from the true pose
     assert (face.pose(got).yaw - face.pose(w).yaw).abs().mean() < .5 * face.pose(w).yaw.abs().mean()
+
+
+def test_an_own_representation_is_tuned_too(G):
+    class Voxels(PoseFreeGenerator):
+        def __init__(self, config): super().__init__(config); self.grid = torch.nn.Parameter(torch.zeros(3, config.plane_channels, 1, 1))
+        def planes(self, ws): p = super().planes(ws); return p._replace(features=p.features + self.grid)
+    H = Voxels(G.config); H.load_state_dict(G.state_dict(), strict=False); H.requires_grad_(False).eval()
+    inv = pti(G.sample(1, seed=9)[1].rgb, H, TINY, tuning=TUNE, **frozen)
+    assert inv.generator.grid.abs().max() > 0 and H.grid.abs().max() == 0
+    assert torch.equal(H.pose(inv.w).yaw, inv.generator.pose(inv.w).yaw) # f(w) stays
+
+
+def test_a_method_of_ones_own_is_reported_by_its_name(G, monkeypatch):
+    monkeypatch.setitem(METHODS, "mine", invert)
+    x = G.sample(1, seed=9)[1].rgb
+    assert [baselines.by_name(name, x, G, TINY, **frozen).report["method"] for name in ("mine", "latent")] == ["mine", "latent-only"]

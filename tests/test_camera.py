@@ -55,3 +55,10 @@ def test_a_frame_of_no_numbers_is_refused():
 
 
 def test_turn_adds(): assert torch.allclose(turn(Pose.deg(10.), math.radians(5), math.radians(-2)).degrees(), torch.tensor([[15., -2.]]), atol=1e-4)
+
+
+def test_a_pose_with_a_distance_of_its_own_keeps_it():
+    pose = Pose(*torch.deg2rad(torch.tensor([[20., -30], [5., 9]])), torch.tensor([5., 2]))
+    assert torch.allclose(camera_position(pose).norm(dim=-1), pose.radius) and torch.allclose(cam2world(pose)[:, :3, 3], camera_position(pose))
+    frame = fit_frame(pose, Pose(pose.yaw, pose.pitch))
+    assert torch.allclose(frame, torch.eye(3), atol=1e-5) and torch.equal(align_pose(pose, frame).radius, pose.radius) # directions alone are fitted

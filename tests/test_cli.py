@@ -454,10 +454,15 @@ def test_train_begins_wider(tmp_path):
     train = lambda out, *a: posefree("train", "--out", out, "--device", "cpu", "--no-progress", "--portraits", 12, "--batch", 8, *a)
     assert train(tmp_path/"r", "--kimg", .008, "--size", 16)[0] == 0
     small = tmp_path/"r"/"generator.safetensors"; had = list(load_generator(small, "cpu").config.channels)
-    code, _, err = train(tmp_path/"w", "--kimg", .008, "--start", small, "--widen", ",".join(str(c + 8) for c in had))
+    had_d = json.loads((tmp_path/"r"/"generator.json").read_text())["discriminator"]["channels"]
+    code, _, err = train(tmp_path/"w", "--kimg", .008, "--start", small, "--widen", ",".join(str(c + 8) for c in had), "--widen-discriminator", ",".join(str(c + 4) for c in had_d))
     assert code == 0, err
     card = json.loads((tmp_path/"w"/"generator.json").read_text())
     assert card["generator"]["channels"] == card["started_from"]["widened"] == [c + 8 for c in had]
+    assert card["discriminator"]["channels"] == card["started_from"]["widened_discriminator"] == [c + 4 for c in had_d]
+    error(train(tmp_path/"s", "--kimg", 1, "--start", small, "--widen-discriminator", "8,eight"), "--widen-discriminator: expected whole numbers", "'8,eight'")
+    error(train(tmp_path/"s", "--kimg", 1, "--start", small, "--widen-discriminator", "4,4,4"), "widen_discriminator: expected at least", "(4, 4, 4)")
+    error(train(tmp_path/"s", "--kimg", 1, "--widen-discriminator", "64,64,48"), "--widen-discriminator: expected --start")
     error(train(tmp_path/"s", "--kimg", 1, "--start", small, "--widen", "8,eight"), "--widen: expected whole numbers", "'8,eight'")
     error(train(tmp_path/"s", "--kimg", 1, "--start", small, "--widen", "4,4,4"), "widen: expected at least", "(4, 4, 4)")
     error(train(tmp_path/"s", "--kimg", 1, "--widen", "64,64,48"), "--widen: expected --start")

@@ -1,6 +1,7 @@
 "The measuring instrument: every figure at its limit, sets that never change, rows that survive, means that can be recomputed, and anybody's pictures."
 import csv
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -201,6 +202,8 @@ def test_a_cut_file_goes_on_where_it_stopped(G, tmp_path):
     assert asked == [2, 2, 2] and same(again) == same(whole) == same(read_rows(tmp_path/"r.jsonl"))
     assert ask(resume=True) == again and asked == [2, 2, 2]
     with pytest.raises(InputError, match="give another file"): evaluate(method, SELF, G, dataclasses.replace(SHORT, seed=1), n=4, out=tmp_path/"r.jsonl", resume=True, progress=False)
+    for nameless in (functools.partial(method), lambda *args: method(*args)): # rows of two of them could not be told apart
+        with pytest.raises(InputError, match="expected a method with a name of its own"): evaluate(nameless, SELF, G, SHORT, n=2, out=tmp_path/"n.jsonl", progress=False)
     (tmp_path/"r.jsonl").write_bytes(b"{broken}\n" + lines[0])
     with pytest.raises(InputError, match="line 1: expected a row"): ask(resume=True)
 

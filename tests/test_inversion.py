@@ -1,5 +1,5 @@
 "Losses at their limits, the optimiser's promises, checkpoints: on small fresh networks, in seconds."
-import dataclasses, json
+import copy, dataclasses, json
 import pytest
 import torch
 from posefree_kit import losses
@@ -316,3 +316,29 @@ def test_a_generator_loads_without_the_imports_that_shapes_alone_would_ask_for()
     import subprocess, sys
     run = subprocess.run([sys.executable, "-c", "import sys; from posefree_kit.checkpoints import load_generator; load_generator('portraits', 'cpu'); print('sympy' in sys.modules)"], capture_output=True, text=True)
     assert run.stdout.strip() == "False", run.stdout + run.stderr[-800:]
+
+
+def test_replaced_networks_are_asked(G):
+    "An overridden method of psi or phi, in a subclass or on the object, counts in an inversion"
+    x = G.sample(1, seed=3)[1].rgb
+    psi, phi = load_perceptual("portrait", device="cpu"), load_identity("portrait", device="cpu")
+    none = lambda a, b, mask=None: torch.zeros(len(a))
+    class Blind(type(psi)):
+        def features(self, image): return [0 * f for f in super().features(image)]
+    class Same(type(phi)):
+        def embed(self, image): return torch.nn.functional.one_hot(torch.zeros(len(image), dtype=torch.long), 8).float() + 0 * image.mean((1, 2, 3))[:, None]
+    blind, same = copy.copy(psi), copy.copy(phi); blind.__class__, same.__class__ = Blind, Same
+    off = copy.copy(psi); off.distance = none
+    first = lambda psi, phi: objective(Networks(G, psi, phi), TINY, x, G.w_avg[None] + .1, torch.zeros(1, G.num_ws, G.config.w_dim), 9)[1]
+    plain = first(psi, phi)
+    for other in (blind, off): assert float(first(other, phi)["rec"]) < .9 * float(plain["rec"])
+    assert float(first(psi, same)["id"]) < 1e-5 < float(plain["id"])
+
+
+def test_a_wrong_state_schedule_or_term_is_told_by_its_name(G):
+    x = G.sample(1, seed=4)[1].rgb
+    with pytest.raises(InputError, match="InvertConfig.mv: expected a Schedule"): quick(mv=0.)
+    with pytest.raises(InputError, match=r"terms\['front'\]: expected \(weight, function\)"): run(G, x, terms=dict(front=lambda *args: 0))
+    with pytest.raises(InputError, match="state: expected an InvertState"): run(G, x, state=G.w_avg[None])
+    with pytest.raises(InputError, match="state.w: expected shape"): run(G, x, state=InvertState(G.w_avg.expand(2, -1)))
+    with pytest.raises(InputError, match="state.w: expected shape"): run(G, x, state=InvertState(G.w_avg[None, :-1]))

@@ -6,9 +6,12 @@ import pytest
 import torch
 from posefree_kit.camera import Pose, mirror
 from posefree_kit.core import InputError, rng
-from posefree_kit.discriminator import DiscriminatorConfig
+from posefree_kit.checkpoints import load_generator, save_checkpoint
+from posefree_kit.discriminator import Discriminator, DiscriminatorConfig
 from posefree_kit.generator import GeneratorConfig, View
-from posefree_kit.training import Fakes, TrainConfig, UnposedImages, fit, grow, load_state, new_state, r1_penalty, relit, save_state, train_step
+from posefree_kit.latent_encoder import LatentEncoder, LatentEncoderConfig, fresh_encoder
+from posefree_kit.pose import PoseFreeGenerator
+from posefree_kit.training import STATE, Fakes, TrainConfig, UnposedImages, fit, grow, load_state, make_state, new_state, r1_penalty, relit, save_state, step_back, train_step
 
 G8, D8 = GeneratorConfig(channels=(8, 8), plane_channels=4, render_resolution=8, samples=6), DiscriminatorConfig(channels=(8, 8))
 C = TrainConfig(batch=4, hold_kimg=0.)
@@ -447,3 +450,80 @@ def test_moments_are_matched(images):
     with pytest.raises(InputError, match="match_kimg"): TrainConfig(match_kimg=0.)
     for bad in (dict(batch=1), dict(encode_share=1.), dict(batch=4, encode_share=.9)):
         with pytest.raises(InputError, match="match_weight: expected batches of at least 4"): TrainConfig(match_weight=1., **bad)
+
+
+class Halved(Discriminator):
+    "A subclass that replaces a method"
+    def forward(self, *args, **kwargs): j = super().forward(*args, **kwargs); return j._replace(score=j.score / 2)
+
+
+def test_networks_of_other_classes_go_on_as_what_they_are(images, tmp_path):
+    kinds = (PoseFreeGenerator, Halved)
+    G = new_state(G8, D8, C).G
+    s = fit(images, tmp_path/"r", start=make_state(G, Halved(D8), C), kimg=.004, progress=False, device="cpu")
+    with pytest.raises(InputError, match="a PoseFreeGenerator and a Discriminator, got a run of a PoseFreeGenerator and a Halved"): fit(images, tmp_path/"r", kimg=.008, progress=False, device="cpu")
+    t = fit(images, tmp_path/"r", kimg=.008, progress=False, device="cpu", kinds=kinds)
+    assert type(t.D) is type(t.d_ema) is Halved and t.seen == 8
+    back = step_back(FloatingPointError("a loss"), tmp_path/"r"/STATE, torch.device("cpu"), kinds=(type(t.G), type(t.D)))
+    assert type(back.D) is Halved
+    path = save_checkpoint(tmp_path/"g.safetensors", s.ema, s.d_ema)
+    with pytest.raises(InputError, match="got one of the class 'Halved'"): load_generator(path, "cpu")
+    assert type(load_generator(path, "cpu", reader=Halved).reader) is Halved
+
+
+def test_a_nan_loss_leaves_a_subclass_what_it_is(images, tmp_path, monkeypatch):
+    from posefree_kit import training
+    real, calls = training.train_step, []
+    def broken(*args):
+        calls.append(type(args[0].D))
+        if len(calls) == 2: raise FloatingPointError("loss d is nan")
+        return real(*args)
+    monkeypatch.setattr(training, "train_step", broken)
+    s = fit(images, tmp_path/"r", start=make_state(new_state(G8, D8, C).G, Halved(D8), C), kimg=.012, progress=False, device="cpu")
+    assert s.trouble == "loss d is nan" and type(s.D) is Halved and set(calls) == {Halved}
+
+
+def test_what_is_frozen_in_a_discriminator_stays_frozen(images):
+    s = new_state(G8, D8, C)
+    s.D.from_rgb.requires_grad_(False); before = s.D.from_rgb.weight.clone()
+    for _ in range(3): train_step(s, images)
+    assert torch.equal(before, s.D.from_rgb.weight) and not s.D.from_rgb.weight.requires_grad and s.D.real.weight.requires_grad
+
+
+def test_own_planes_and_own_encoders_train_with_bfloat16(images):
+    class Voxels(PoseFreeGenerator):
+        def planes(self, ws): p = super().planes(ws); return p._replace(features=p.features.bfloat16())
+    class Half(LatentEncoder):
+        def forward(self, image): return tuple(x.bfloat16() for x in super().forward(image))
+    config = dataclasses.replace(ENCODE, bf16=True)
+    G = Voxels(G8).start(0)
+    E = Half(fresh_encoder(G).config); E.load_state_dict(fresh_encoder(G).state_dict())
+    assert all(math.isfinite(v) for v in train_step(make_state(G, Discriminator(D8), config, E), images).values())
+
+
+def test_an_encoder_of_other_widths_trains_along(images):
+    s = new_state(G8, D8, C)
+    E = fresh_encoder(s.G, config=LatentEncoderConfig(widths=(8, 16), hidden=24))
+    assert E.config.widths == (8, 16) and E.config.num_ws == s.G.num_ws and not torch.equal(E.std, torch.ones_like(E.std))
+    assert fresh_encoder(s.G, start=E).config == E.config
+    t = make_state(s.G, s.D, ENCODE, E); before = E.w.weight.clone()
+    assert train_step(t, images)["rec"] > 0 and not torch.equal(before, t.E.w.weight)
+
+
+def test_a_learned_distance_is_trained(images):
+    class Far(PoseFreeGenerator):
+        def __init__(self, config): super().__init__(config); self.far = torch.nn.Parameter(torch.tensor(2.7))
+        def pose(self, w): return super().pose(w).at(self.far.expand(len(w)))
+    s = make_state(Far(G8).start(0), Discriminator(D8), C)
+    for _ in range(2): train_step(s, images)
+    assert s.G.far.grad is not None and float(s.G.far.detach()) != 2.7
+
+
+def test_channels_last_is_the_same_discriminator(images):
+    "Convolutions work in another order of memory; what they say stays"
+    D = Discriminator(D8)
+    x = images.batch(4, torch.Generator().manual_seed(0))
+    with torch.no_grad(): seen = [layer for layer in D.layers(x)]
+    assert all(layer.is_contiguous(memory_format=torch.channels_last) for layer in seen)
+    with torch.no_grad(): want = torch.nn.functional.leaky_relu(torch.nn.functional.conv2d(x.double(), D.from_rgb.weight.double() * D.from_rgb.gain) + D.from_rgb.bias.double()[:, None, None], .2) * math.sqrt(2)
+    assert torch.allclose(seen[0].double(), want, atol=1e-5)
