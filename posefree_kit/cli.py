@@ -6,8 +6,9 @@
 __all__ = ['app', 'FRAMINGS', 'SPLIT', 'say', 'out_of', 'command', 'complete', 'Job', 'march_for', 'writable', 'inversion_config',
            'framing_for', 'check_cut', 'check_encoder', 'photo', 'read_square', 'claim', 'skip', 'optimise',
            'complete_files', 'one_image', 'Outcome', 'invert', 'render', 'latent_and_generator', 'portraits', 'cut_out',
-           'scale', 'names', 'evaluate', 'architecture', 'train', 'named_values', 'channels', 'widened', 'own_encoder',
-           'grown', 'training_images', 'train_encoder', 'import_official', 'benchmark', 'Diagnosis', 'doctor']
+           'scale', 'names', 'evaluate', 'architecture', 'train', 'same_pictures', 'named_values', 'channels',
+           'widened', 'own_encoder', 'grown', 'training_images', 'train_encoder', 'import_official', 'benchmark',
+           'Diagnosis', 'doctor']
 
 # %% ../nbs/18_cli.ipynb #8ef8ee84
 import functools, json, math, os, sys, tempfile
@@ -170,11 +171,13 @@ def claim(path:Path, job:Job) -> Path: # the folder of an image's results
 def skip(path:Path, folder:Path, job:Job) -> Optional[dict]: # the report of what is done already
     "Under --resume: a complete report made of the same file with the same settings"
     from posefree_kit.core import InputError, config_to_dict, sha256
-    from posefree_kit.viewer import load_latent
+    from posefree_kit.viewer import TUNED, load_latent
     report = complete(folder/"report.json") if job.resume else None
     if report is None: return None
     try: meta = load_latent(folder/"latent.safetensors")[1]
     except InputError: return None # not whole: it is made again
+    tuned = folder/TUNED[0]
+    if "tuned" in meta and not (all((folder/n).is_file() for n in TUNED) and sha256(tuned) == meta["tuned"]["sha256"]): return None # its generator is gone or damaged
     flat = lambda d: {k: json.loads(json.dumps(v)) for k, v in d.items()}
     asked = meta.get("asked") or {} # files of early versions say nothing
     want = dict(generator=job.generator.sha256, method=job.method) | flat(config_to_dict(job.config)) | {k: v for k, v in (job.asked or {}).items() if k in asked}
@@ -336,7 +339,7 @@ def render(
     if single and len(yaws) > 1: raise InputError(f"expected a folder for {len(yaws)} pictures, got the file {out.name!r}")
     poses = Pose.deg(yaws, own_pitch if pitch_deg is None else pitch_deg, ws.device).at(own.radius)
     if not all(abs(v) <= 89 for v in poses.degrees().flatten().tolist()): raise InputError(f"expected angles within 89 degrees, got yaw {yaws} and pitch {pitch_deg}")
-    paths = [out] if single else [Path(out)/f"yaw{y:+06.1f}_pitch{p:+06.1f}.png" for y, p in poses.degrees().tolist()]
+    paths = [out] if single else [Path(out)/f"yaw{round(y, 1) + 0.:+06.1f}_pitch{round(p, 1) + 0.:+06.1f}.png" for y, p in poses.degrees().tolist()]
     if len(set(paths)) < len(paths): raise InputError(f"expected angles that differ by a tenth of a degree (files are named by them), got yaw {yaws}")
     if not overwrite and (there := [p.name for p in paths if p.exists()]): raise InputError(f"expected no {there[0]} in {str(out)!r}, got one: --overwrite replaces it")
     if not single: writable(out)
@@ -347,13 +350,15 @@ def render(
 def latent_and_generator(latent, generator, device:str) -> tuple: # generator: its name or file, itself, or None: the one that the latent names; -> G, ws (1, num_ws, w_dim), its own Pose
     "A latent with the generator that it belongs to; another generator is refused"
     from posefree_kit.camera import Pose
-    from posefree_kit.checkpoints import load_generator
+    from posefree_kit.checkpoints import load_generator, shipped
     from posefree_kit.core import InputError
     from posefree_kit.viewer import load_latent
     t, meta = load_latent(latent)
     made = meta.get("generator", {})
     if "tuned" in meta: made = dict(name=meta["tuned"]["file"], sha256=meta["tuned"]["sha256"]) # its own copy, which lies beside it
     there = generator if hasattr(generator, "planes") else None
+    if "tuned" in meta and not Path(latent).with_name(made["name"]).is_file(): raise InputError(f"expected {made['name']} beside {str(latent)!r}, the generator's copy that was tuned for it, got none")
+    if generator is None and "tuned" not in meta and made.get("name", "portraits") not in shipped(): raise InputError(f"expected the generator that the latent was made with ({made.get('name')}, SHA-256 {str(made.get('sha256'))[:12]}...), which does not ship: name its file with --generator")
     G = there if there is not None and "tuned" not in meta else load_generator((generator if there is None else None) or (Path(latent).with_name(made["name"]) if "tuned" in meta else made.get("name", "portraits")), device)
     if G.sha256 != made.get("sha256"): raise InputError(f"expected the generator that the latent was made with ({made.get('name')}, SHA-256 {str(made.get('sha256'))[:12]}...), got {G.name} ({G.sha256[:12]}...): name its file with --generator")
     return G, G.expand_ws(t["ws"].to(G.w_avg.device)), Pose(t["pose"][:, 0], t["pose"][:, 1], t.get("radius")).to(G.w_avg.device)
@@ -435,9 +440,9 @@ def scale(
     if method in WITH_ENCODER: load_latent_encoder(G, encoder) # a wrong one stops the call, not each image
     more = dict(files=[files, files and mesh, files and video], align=[background, framing] if align else None)
     path = str(Path(generator).resolve()) if Path(generator).is_file() else generator
-    job = many.Job(str(writable(out)), path, G.sha256, config, method, str(Path(encoder).resolve()) if encoder else None, batch, device, cores, compiled, read, write, more)
+    job = many.Job(str(out), path, G.sha256, config, method, str(Path(encoder).resolve()) if encoder else None, batch, device, cores, compiled, read, write, more)
     s = many.scale(input, job, local, workers, address, retries, resume=resume, progress=progress, say=lambda text: say(text, err=True))
-    say(f"{s.images - s.failed} of {s.images} images inverted" + (f", {s.failed} failed" if s.failed else "") + f"; {s.new} of them now, in {s.seconds:.0f} s ({s.new / max(s.seconds, 1e-9):.3g} a second) -> {s.out/'rows.parquet'}")
+    say(f"{s.images - s.failed} of {s.images} images inverted" + (f", {s.failed} failed" if s.failed else "") + f"; {s.new} of {s.images} tried now, in {s.seconds:.0f} s ({s.new / max(s.seconds, 1e-9):.3g} a second) -> {s.out/'rows.parquet'}")
     return s
 
 # %% ../nbs/18_cli.ipynb #c0b00002
@@ -476,6 +481,7 @@ def evaluate(
         if v < 1: raise InputError(f"expected --{name} of at least 1, got {v}")
     where, chosen = resolve_device(device), names(sets)
     for s in chosen: evaluation.set_seeds(s, n)
+    if {m.partition(":")[0] for m in names(methods)} == {"encoder"}: check_encoder(None, "encoder", preset, steps)
     march_for(compiled, where)
     if inputs:
         if evaluation.SELF in chosen: raise InputError(f"expected sets that have pictures with --inputs, got {sets!r}: those of {evaluation.SELF} are drawn by the generator")
@@ -537,8 +543,7 @@ def train(
     from posefree_kit.core import DivergedError, InputError, config_from_dict, config_to_dict, read_json, resolve_device, save_json
     from posefree_kit.checkpoints import load_generator, save_checkpoint
     from posefree_kit.training import STATE, Processes, TrainConfig, fit, go_on_with, load_state, watch_poses
-    budget = [f"--{k} {v:g}" for k, v in dict(minutes=minutes, kimg=kimg).items() if v is not None and not v > 0]
-    if budget or (minutes is None and kimg is None): raise InputError(f"expected a budget above 0, --minutes or --kimg (or both), got {budget[0] if budget else 'none'}")
+    if (budget := [f"--{k} {v:g}" for k, v in dict(minutes=minutes, kimg=kimg).items() if v is not None and not v > 0]) or (minutes is None and kimg is None): raise InputError(f"expected a budget above 0, --minutes or --kimg (or both), got {budget[0] if budget else 'none'}")
     share = Processes.launched(device)
     there = share.any((Path(out)/STATE).exists())
     if there and not resume: raise InputError(f"expected a new folder, got {str(out)!r} with a run in it: --resume goes on")
@@ -546,7 +551,7 @@ def train(
     if resume and not there: raise InputError(f"expected a run to go on with, got {str(out)!r} without {STATE}: leave --resume out to begin one")
     if start and grow_from: raise InputError("expected --start or --grow-from, got both")
     wide, wide_d = channels(wider), channels(wider_d, "--widen-discriminator")
-    if (wide or wide_d) and not start: raise InputError(f"{'--widen' if wide else '--widen-discriminator'}: expected --start, the generator that becomes wider, or whose discriminator does")
+    if (wide or wide_d) and (resume or not start): raise InputError(f"{'--widen' if wide else '--widen-discriminator'}: expected " + ("a run that begins, got --resume: its networks keep their channels" if resume else "--start, the generator that becomes wider, or whose discriminator does"))
     if not pose_conditioned and (start or grow_from): raise InputError(f"--no-pose-conditioned: expected a run that begins from nothing, got {'--start' if start else '--grow-from'}, whose discriminator is there")
     given = named_values(settings or [], dict(batch="--batch", seed="--seed", encode_share="--encode"))
     if resume and (start or grow_from): raise InputError(f"--resume: expected the run in {str(out)!r} alone, got {'--start' if start else '--grow-from'} too")
@@ -556,8 +561,7 @@ def train(
         other = config_from_dict(TrainConfig, config_to_dict(old.config) | given)
         asked += [f"--set {k}={v}" for k, v in given.items() if getattr(other, k) != getattr(old.config, k)]
         if asked: raise InputError(f"--resume: expected the settings that the run in {str(out)!r} began with, got {', '.join(asked)}")
-    for option, v in (("--plain", plain), ("--easy", easy_images)):
-        if start and v: raise InputError(f"{option}: expected a run that begins from nothing or grows, got --start, after which nothing is made easy")
+    if start and (plain or easy_images): raise InputError(f"{'--plain' if plain else '--easy'}: expected a run that begins from nothing or grows, got --start, after which nothing is made easy")
     if plain and images: raise InputError("--plain: expected simulated portraits, got --images: begin with easy ones of yours by --easy FOLDER")
     if easy_images and not images: raise InputError("--easy: expected --images too; of simulated portraits, begin with --plain")
     if old and not pose_conditioned and old.D.config.pose_conditioned: raise InputError("--no-pose-conditioned: expected a run that began with it, got one whose discriminator is told the pose")
@@ -571,15 +575,14 @@ def train(
     if start and encode and not encoder and share.main: say(f"note: no encoder was saved with {start}: one that has learnt nothing yet begins", err=True)
     size = state.G.resolution if state else old.G.resolution if old else 32 if size is None else size
     g, d = (None, None) if resume or state else architecture(size, pose_conditioned)
-    progress = progress and share.main
+    progress, origin, had = progress and share.main, Path(out)/"started_from.json", dict(mirror=True) | read_json(told) if old and told.exists() else None
+    seen = dict(data=str(images.name) if images else f"{n} simulated portraits, seeds 0 to {n - 1}", plain_images=plain, mirror=mirror)
+    if had: same_pictures(had, had | seen) # before they are drawn
     pictures = training_images(images, n, size, where, progress, mirror)
     easy = training_images(easy_images, plain, size, where, progress, mirror, plain=True) if plain or easy_images else None
-    origin, seen = Path(out)/"started_from.json", dict(data=str(images.name) if images else f"{n} simulated portraits, seeds 0 to {n - 1}", images=len(pictures), plain_images=plain, mirror=mirror)
-    if images: seen |= dict(pictures=_content(pictures))
+    seen |= dict(images=len(pictures)) | (dict(pictures=_content(pictures)) if images else {})
     if easy_images: seen |= dict(easy_data=str(easy_images.name), easy_images=len(easy), easy_pictures=_content(easy))
-    had = dict(mirror=True) | read_json(told) if old and told.exists() else seen
-    if images and "pictures" not in had: had["pictures"] = seen["pictures"] # a run from before their content was kept
-    if other := [k for k in dict.fromkeys([*had, *seen]) if had.get(k) != seen.get(k)]: raise InputError(f"--resume: expected the pictures that the run in {str(out)!r} began with, {had.get(other[0])} ({other[0]}), got {seen.get(other[0])}")
+    if had: same_pictures(dict(pictures=seen.get("pictures")) | had if images else had, seen) # a run from before their content was kept says nothing of it
     if share.main:
         save_json(seen, writable(out)/told.name)
         if trained: save_json(dict(name=trained.name, sha256=trained.sha256, **(dict(widened=list(wide)) if wide else {}), **(dict(widened_discriminator=list(wide_d)) if wide_d else {}), **(dict(encoder=encoder.card["sha256"] if encoder else None) if encode else {})), origin) # a run that goes on later still says so in its card
@@ -598,6 +601,11 @@ def train(
     say(f"{s.kimg:.1f} kimg; {path}")
     if diverged: raise diverged
     return s
+
+def same_pictures(had:dict, seen:dict):
+    "A run goes on with the pictures that it began with"
+    from posefree_kit.core import InputError
+    if other := [k for k in dict.fromkeys([*had, *seen]) if had.get(k) != seen.get(k)]: raise InputError(f"--resume: expected the pictures that the run began with, {had.get(other[0])} ({other[0]}), got {seen.get(other[0])}")
 
 def named_values(settings:list, elsewhere:dict) -> dict: # NAME=VALUE -> {name: value}; elsewhere: name -> the option that sets it
     "Values are JSON (`0.12`, `[61, 94]`, `null`), or numbers like `.12`; what is neither is text"

@@ -406,7 +406,7 @@ def open_tensors(path): # -> the open file, and its values
     "Open a .safetensors file, of which nothing but the header is read yet; whatever goes wrong is an `InputError`"
     from safetensors import SafetensorError, safe_open
     path = Path(path)
-    if not path.is_file(): raise InputError(f"expected a .safetensors file, got {str(path)!r}: no such file")
+    if not path.is_file(): raise InputError(f"expected a .safetensors file, got {str(path)!r}: {'a folder' if path.is_dir() else 'no such file'}")
     try:
         with safe_open(path, framework="pt") as f: yield f, {k: parse_json(v, f"the header of {path.name}") for k, v in (f.metadata() or {}).items()}
     except (SafetensorError, OSError, MemoryError) as e: raise InputError(f"expected a whole .safetensors file, got {path.name!r}: {' '.join(str(e).split())[:200]}") from e

@@ -120,7 +120,7 @@ def widen_discriminator(D:Discriminator, channels:tuple, seed:int=0) -> Discrimi
     "More channels, nearly the same judgements: what is new begins without a say in what was there"
     c, old = D.config, D.state_dict()
     if D.old_rgb is not None and D.fade < 1: raise InputError(f"widen_discriminator: expected one whose last new layer is fully in, got one with fade {D.fade:g}: train it further")
-    if len(channels) != len(c.channels) or any(a > b for a, b in zip(c.channels, channels)): raise InputError(f"widen_discriminator: expected at least channels {c.channels}, got {tuple(channels)}")
+    if len(channels) != len(c.channels) or any(a > b for a, b in zip(c.channels, channels)): raise InputError(f"widen_discriminator: expected {len(c.channels)} numbers, at least {c.channels}, got {tuple(channels)}")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         H = Discriminator(replace(c, channels=tuple(channels)))

@@ -45,7 +45,7 @@ class Listing:
     "What is to be inverted, in order; images that lie in a table are read when they are asked for"
     names:list
     sources:Any # indexable: index -> path, bytes or None
-    digest:str # of names (and of a table's size): the same input, the same digest
+    digest:str # of names and sizes: the same input, the same digest
     def __len__(self): return len(self.names)
     def items(self, first:int, last:int) -> list: return [Item(i, self.names[i], self.folders[i], self.sources[i]) for i in range(first, min(last, len(self)))]
     def __post_init__(self):
@@ -97,6 +97,10 @@ def files_under(top) -> tuple: # paths of files; real paths of the folders that 
             files += [Path(d)/f for f in names]
     return files, places
 
+def _size(path) -> str:
+    try: return str(os.path.getsize(path))
+    except (OSError, ValueError): return ""
+
 def listing(source, out) -> Listing: # source: a folder, a .parquet file or a text file with one path a line; out: where results go
     "The images of an input"
     path = Path(source)
@@ -113,7 +117,8 @@ def listing(source, out) -> Listing: # source: a folder, a .parquet file or a te
         except UnicodeDecodeError as e: raise InputError(f"expected a list of paths as UTF-8 text, got {str(path)!r}: {e}") from e
         sources = [str(path.resolve().parent/name) for name in names]
     if not names: raise InputError(f"expected images in {str(path)!r}, got none")
-    return Listing([n.encode(errors="replace").decode() for n in names], sources, sha256("\n".join([*names, more]).encode(errors="surrogateescape"))[:12])
+    sizes = [] if isinstance(sources, Stored) else [_size(p) for p in sources] # a picture that was exchanged is another input
+    return Listing([n.encode(errors="replace").decode() for n in names], sources, sha256("\n".join([*names, *sizes, more]).encode(errors="surrogateescape"))[:12])
 
 # %% ../nbs/17_scale.ipynb #175e8c99
 def read_square(path) -> tuple: # image (1, 3, S, S), what is known of an alignment: nothing
@@ -469,6 +474,7 @@ def scale(
         else: todo = []
         shutil.rmtree(out/"parts", ignore_errors=True)
         failed = sum(e is not None for e in need("pyarrow.parquet").read_table(out/"rows.parquet", columns=["error"])["error"].to_pylist())
+        if failed and not todo: say(f"note: {failed} failed rows stay as they are; another --out tries those images again")
     return Summary(n, failed, sum(map(size, todo)), time.time() - start, out)
 
 def run(images:Listing, job:Job, todo:list, local:bool, workers:int|None, address:str|None, retries:int, patience:float, progress:bool, say, callback): # say and callback as for `scale`

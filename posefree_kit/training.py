@@ -698,7 +698,7 @@ def widen(G:PoseFreeGenerator, channels:tuple, look_dim:int, seed:int=0) -> Pose
     "More channels and a longer look part, the same pictures but for a little in the spread of z: what is new begins without a say in what was there (Net2Net, Chen et al. 2016)"
     c = G.config
     config = dataclasses.replace(c, channels=tuple(channels), z_dim=look_dim + c.view_dim, w_dim=look_dim + c.view_dim)
-    if len(channels) != len(c.channels) or any(a > b for a, b in zip((c.look_dim, *c.channels), (look_dim, *channels))): raise InputError(f"widen: expected at least {c.look_dim} numbers and channels {c.channels}, got {look_dim} and {tuple(channels)}")
+    if len(channels) != len(c.channels) or any(a > b for a, b in zip((c.look_dim, *c.channels), (look_dim, *channels))): raise InputError(f"widen: expected a look of at least {c.look_dim} numbers and {len(c.channels)} channels, at least {c.channels}, got {look_dim} and {tuple(channels)}")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         H = PoseFreeGenerator(config)

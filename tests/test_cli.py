@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from posefree_kit import cli, optimiser, viewer
 from posefree_kit.baselines import read_latent_encoder
 from posefree_kit.checkpoints import load_generator, save_checkpoint
-from posefree_kit.core import InputError, load_image, save_json, sha256
+from posefree_kit.core import InputError, load_image, save_image, save_json, sha256
 from posefree_kit.discriminator import Discriminator, DiscriminatorConfig
 from posefree_kit.generator import GeneratorConfig
 from posefree_kit.pose import PoseFreeGenerator
@@ -334,6 +334,11 @@ def test_another_method_leaves_the_same_files_and_the_generator_that_it_tuned(ho
     assert (load_image(tmp_path/"v.png") - load_image(tmp_path/"a"/"reconstruction.png")).abs().max() < .02
     error(posefree("render", tmp_path/"a"/"latent.safetensors", "--out", tmp_path/"w.png", "--generator", home/"small.safetensors"), "expected the generator that the latent was made with (tuned.safetensors")
     error(invert(home, home/"a.png", out=tmp_path, extra=(*LIGHT, "--resume")), "some made with method pti")
+    pti = lambda: invert(home, home/"a.png", out=tmp_path, extra=(*LIGHT, "--resume", "--method", "pti"))
+    code, out, err = pti(); assert code == 0 and "skipped" in f"{out}{err}"
+    (tmp_path/"a"/"tuned.safetensors").unlink() # without its generator the latent is of no use
+    error(posefree("render", tmp_path/"a"/"latent.safetensors", "--out", tmp_path/"u.png"), "expected tuned.safetensors beside", "got none")
+    code, out, err = pti(); assert code == 0 and "skipped" not in f"{out}{err}" and (tmp_path/"a"/"tuned.safetensors").exists()
     assert invert(home, home/"a.png", out=tmp_path, extra=(*LIGHT, "--overwrite"))[0] == 0 and not (tmp_path/"a"/"tuned.safetensors").exists()
     error(invert(home, home/"a.png", out=tmp_path/"e", extra=("--method", "encoder+latent")), "expected a latent encoder for the generator 'small'", "train-encoder")
 
@@ -401,7 +406,7 @@ def test_networks_of_every_size(size):
     assert PoseFreeGenerator(g).resolution == size == Discriminator(d).config.resolution
     if size > 16: assert architecture(size // 2)[0].channels == g.channels[:-1] and architecture(size // 2)[1].channels == d.channels[1:]   # what growing keeps
 
-def test_train_with_any_setting(tmp_path):
+def test_train_with_any_setting(tmp_path, monkeypatch):
     train = lambda out, *a: posefree("train", "--out", out, "--device", "cpu", "--no-progress", "--portraits", 12, "--size", 16, "--batch", 8, *a)
     asked = ("--set", "loss=relativistic", "--set", "r2_gamma=0.12", "--set", "fall_kimg=[1, 2]", "--set", "bf16=false")
     code, _, err = train(tmp_path/"r", "--kimg", .008, *asked)
@@ -428,7 +433,9 @@ def test_train_with_any_setting(tmp_path):
     error(posefree("train", "--out", tmp_path/"s", "--kimg", 1, "--start", tmp_path/"r"/"generator.safetensors", "--plain", 3), "--plain", "--start")
     assert not (tmp_path/"s").exists()
     error(train(tmp_path/"r", "--kimg", 1, "--resume", "--portraits", 13, *asked), "expected the pictures that the run", "12 simulated portraits", "got 13 simulated")
-    error(train(tmp_path/"r", "--kimg", 1, "--resume", "--plain", 3, *asked), "expected the pictures that the run", "plain_images")
+    with monkeypatch.context() as m: # before any picture is drawn
+        m.setattr(cli, "training_images", lambda *args, **kwargs: pytest.fail("pictures were drawn"))
+        error(train(tmp_path/"r", "--kimg", 1, "--resume", "--plain", 3, *asked), "expected the pictures that the run", "plain_images")
 
 def test_train_on_easy_pictures_of_ones_own_first(tmp_path):
     "--easy and --no-mirror reach training, the card and what --resume compares"
@@ -450,6 +457,10 @@ def test_train_on_easy_pictures_of_ones_own_first(tmp_path):
     error(posefree("train", "--out", tmp_path/"s", "--kimg", 1, "--start", "portraits-small", "--images", tmp_path/"all", "--easy", tmp_path/"easy"), "--easy", "--start")
     assert not (tmp_path/"s").exists()
 
+def invert_with(generator, tmp_path):
+    save_image(portrait(10_000_001, 16).image, tmp_path/"face.png")
+    return posefree("invert", tmp_path/"face.png", "--out", tmp_path/"i", "--generator", generator, "--device", "cpu", "--no-video", "--no-mesh", "--no-progress", "--steps", 2)
+
 def test_train_begins_wider(tmp_path):
     train = lambda out, *a: posefree("train", "--out", out, "--device", "cpu", "--no-progress", "--portraits", 12, "--batch", 8, *a)
     assert train(tmp_path/"r", "--kimg", .008, "--size", 16)[0] == 0
@@ -461,11 +472,16 @@ def test_train_begins_wider(tmp_path):
     assert card["generator"]["channels"] == card["started_from"]["widened"] == [c + 8 for c in had]
     assert card["discriminator"]["channels"] == card["started_from"]["widened_discriminator"] == [c + 4 for c in had_d]
     error(train(tmp_path/"s", "--kimg", 1, "--start", small, "--widen-discriminator", "8,eight"), "--widen-discriminator: expected whole numbers", "'8,eight'")
-    error(train(tmp_path/"s", "--kimg", 1, "--start", small, "--widen-discriminator", "4,4,4"), "widen_discriminator: expected at least", "(4, 4, 4)")
+    error(train(tmp_path/"s", "--kimg", 1, "--start", small, "--widen-discriminator", "4,4,4"), "widen_discriminator: expected 3 numbers, at least", "(4, 4, 4)")
     error(train(tmp_path/"s", "--kimg", 1, "--widen-discriminator", "64,64,48"), "--widen-discriminator: expected --start")
     error(train(tmp_path/"s", "--kimg", 1, "--start", small, "--widen", "8,eight"), "--widen: expected whole numbers", "'8,eight'")
-    error(train(tmp_path/"s", "--kimg", 1, "--start", small, "--widen", "4,4,4"), "widen: expected at least", "(4, 4, 4)")
+    error(train(tmp_path/"s", "--kimg", 1, "--start", small, "--widen", "4,4,4"), "widen: expected a look of at least", "(4, 4, 4)")
     error(train(tmp_path/"s", "--kimg", 1, "--widen", "64,64,48"), "--widen: expected --start")
+    error(train(tmp_path/"w", "--kimg", 1, "--resume", "--widen", "64,64,48"), "--widen: expected a run that begins, got --resume")
+    assert invert_with(small, tmp_path)[0] == 0
+    error(posefree("render", tmp_path/"i"/"face"/"latent.safetensors", "--out", tmp_path/"v.png"), "expected the generator that the latent was made with (generator,", "does not ship: name its file with --generator")
+    assert posefree("render", tmp_path/"i"/"face"/"latent.safetensors", "--out", tmp_path/"v.png", "--generator", small, "--device", "cpu")[0] == 0
+    error(posefree("render", tmp_path/"i"/"face", "--out", tmp_path/"u.png"), "expected a .safetensors file", "a folder")
     assert not (tmp_path/"s").exists()
 
 def test_a_start_that_failed_leaves_no_trace_in_another_run(tmp_path):

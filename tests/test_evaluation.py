@@ -460,6 +460,7 @@ def test_the_command_measures_resumes_and_makes_tables(G, tmp_path, monkeypatch)
     figures = sorted(p.name for p in (out/"figures").iterdir())
     assert len(figures) == 5 and sum("ablations" in f for f in figures) == 2 and (out/"table.md").read_text().count("latent, no_geo") >= 4
     assert call("--methods", "latent").exit_code == 2
+    r = call("--methods", "encoder,encoder:w", "--steps", "5"); assert r.exit_code == 2 and "--steps 5 with encoder" in r.stderr # which takes one look
     before = (out/"table.md").read_bytes()
     assert call("--methods", "latent,latent:w", "--ablate", "full,no_geo", "--resume").exit_code == 0 and (out/"table.md").read_bytes() == before
 

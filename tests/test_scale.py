@@ -1,5 +1,6 @@
 "Many images: rows, whole files, resuming, workers that die, a node that is lost, batches that equal single runs."
 import json
+import shutil
 import subprocess
 import sys
 import types
@@ -16,7 +17,7 @@ from typer.testing import CliRunner
 from posefree_kit import cli, optimiser
 from posefree_kit.baselines import METHODS, fresh_encoder, save_latent_encoder
 from posefree_kit.checkpoints import load_generator
-from posefree_kit.core import DivergedError, InputError, load_image, sha256
+from posefree_kit.core import DivergedError, InputError, load_image, save_image, sha256
 from posefree_kit.evaluation import Busy
 from posefree_kit.optimiser import Stage, invert, quick
 from posefree_kit.scale import Batch, Halt, Item, Job, Lost, RayCrew, Worker, listing, one_of, opened, part, read_results, scale, share
@@ -114,6 +115,15 @@ def test_a_stopped_run_goes_on_and_ends_the_same(home, whole, tmp_path):
     for name in ("0", "4"): assert sha256(tmp_path/"o"/name/"latent.safetensors") == sha256(whole.out/name/"latent.safetensors")
     before = (tmp_path/"o"/"rows.parquet").stat().st_mtime_ns
     assert run(home, tmp_path/"o", write=write_light, resume=True).new == 0 and (tmp_path/"o"/"rows.parquet").stat().st_mtime_ns == before
+
+def test_an_exchanged_picture_is_another_input(home, tmp_path):
+    shutil.copytree(home/"in", tmp_path/"in")
+    before = listing(tmp_path/"in", tmp_path/"o").digest
+    assert listing(tmp_path/"in", tmp_path/"o").digest == before == listing(home/"in", tmp_path/"o").digest
+    save_image(torch.zeros(1, 3, 16, 16), tmp_path/"in"/"3.png")
+    assert listing(tmp_path/"in", tmp_path/"o").digest != before
+    (tmp_path/"list.txt").write_text("in/1.png\nnowhere.png"); there = listing(tmp_path/"list.txt", tmp_path/"o").digest
+    (tmp_path/"in"/"1.png").unlink(); assert listing(tmp_path/"list.txt", tmp_path/"o").digest != there
 
 def test_a_run_is_gone_on_with_by_one_process_and_with_its_own_settings(home, whole):
     with pytest.raises(InputError, match="another batch: give another --out"): run(home, whole.out, write=write_light, resume=True, batch=3)
