@@ -89,7 +89,7 @@ def load_generator(
     G = read_network(lambda: PoseFreeGenerator(c), path, "G.")
     if info.get("discriminator"):
         kind, settings = (OfficialReader, ReaderConfig) if info.get("reader") == "OfficialReader" else (reader, DiscriminatorConfig)
-        if (had := info.get("reader") or "Discriminator") != kind.__name__: raise InputError(f"{path.name}: expected a discriminator of the class {kind.__name__}, got one of the class {_short(had)}: give that class, as `reader`")
+        if (had := info.get("reader") or "Discriminator") != kind.__name__: raise InputError(f"{path.name}: expected a discriminator of the class {kind.__name__}, got one of the class {_short(had)}: give that class, as `reader` (in Python)")
         d = config_from_dict(settings, info["discriminator"])
         if d.resolution != c.resolution: raise InputError(f"{path.name}: expected a discriminator of {c.resolution} pixels, got one of {d.resolution}")
         G.set_reader(read_network(lambda: kind(d), path, "D.").requires_grad_(False).eval())

@@ -176,8 +176,6 @@ def skip(path:Path, folder:Path, job:Job) -> Optional[dict]: # the report of wha
     if report is None: return None
     try: meta = load_latent(folder/"latent.safetensors")[1]
     except InputError: return None # not whole: it is made again
-    tuned = folder/TUNED[0]
-    if "tuned" in meta and not (all((folder/n).is_file() for n in TUNED) and sha256(tuned) == meta["tuned"]["sha256"]): return None # its generator is gone or damaged
     flat = lambda d: {k: json.loads(json.dumps(v)) for k, v in d.items()}
     asked = meta.get("asked") or {} # files of early versions say nothing
     want = dict(generator=job.generator.sha256, method=job.method) | flat(config_to_dict(job.config)) | {k: v for k, v in (job.asked or {}).items() if k in asked}
@@ -186,7 +184,8 @@ def skip(path:Path, folder:Path, job:Job) -> Optional[dict]: # the report of wha
     told = lambda k, v: f"steps {sum(s['steps'] for s in v)}" if k == "stages" else f"{k} {v}"
     other = [told(k, have.get(k)) for k in want if have.get(k) != want[k]]
     if other: raise InputError(f"expected results of these settings in {str(folder)!r}, got some made with {', '.join(other)}: give another --out, or --overwrite instead of --resume")
-    return report
+    whole = "tuned" not in meta or all((folder/n).is_file() for n in TUNED) and sha256(folder/TUNED[0]) == meta["tuned"]["sha256"]
+    return report if whole else None # its tuned generator is gone or damaged: it is made again
 
 def optimise(path:Path, image, job:Job, folder:Path): # -> Inversion
     "Run the method with a progress bar that shows the losses"
@@ -481,7 +480,7 @@ def evaluate(
         if v < 1: raise InputError(f"expected --{name} of at least 1, got {v}")
     where, chosen = resolve_device(device), names(sets)
     for s in chosen: evaluation.set_seeds(s, n)
-    if {m.partition(":")[0] for m in names(methods)} == {"encoder"}: check_encoder(None, "encoder", preset, steps)
+    if {m.partition(":")[0] for m in names(methods)} == {"encoder"} and names(ablate) == ["full"]: check_encoder(None, "encoder", preset, steps)
     march_for(compiled, where)
     if inputs:
         if evaluation.SELF in chosen: raise InputError(f"expected sets that have pictures with --inputs, got {sets!r}: those of {evaluation.SELF} are drawn by the generator")

@@ -123,7 +123,7 @@ def widen_discriminator(D:Discriminator, channels:tuple, seed:int=0) -> Discrimi
     if len(channels) != len(c.channels) or any(a > b for a, b in zip(c.channels, channels)): raise InputError(f"widen_discriminator: expected {len(c.channels)} numbers, at least {c.channels}, got {tuple(channels)}")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        H = Discriminator(replace(c, channels=tuple(channels)))
+        H = type(D)(replace(c, channels=tuple(channels)))
     n, m = c.channels[-1], channels[-1]
     for part in (H.blocks[-1].conv1, H.blocks[-1].skip) if len(channels) > 1 else (H.from_rgb,): part.weight[n:].mul_(.02) # the deviation channel is a mean over all
     for name, x in H.state_dict().items():

@@ -45,7 +45,7 @@ class Listing:
     "What is to be inverted, in order; images that lie in a table are read when they are asked for"
     names:list
     sources:Any # indexable: index -> path, bytes or None
-    digest:str # of names and sizes: the same input, the same digest
+    digest:str # of names and sizes in bytes: the same input, the same digest
     def __len__(self): return len(self.names)
     def items(self, first:int, last:int) -> list: return [Item(i, self.names[i], self.folders[i], self.sources[i]) for i in range(first, min(last, len(self)))]
     def __post_init__(self):
@@ -117,7 +117,7 @@ def listing(source, out) -> Listing: # source: a folder, a .parquet file or a te
         except UnicodeDecodeError as e: raise InputError(f"expected a list of paths as UTF-8 text, got {str(path)!r}: {e}") from e
         sources = [str(path.resolve().parent/name) for name in names]
     if not names: raise InputError(f"expected images in {str(path)!r}, got none")
-    sizes = [] if isinstance(sources, Stored) else [_size(p) for p in sources] # a picture that was exchanged is another input
+    sizes = [] if isinstance(sources, Stored) else [_size(p) for p in sources] # another size in bytes is another input
     return Listing([n.encode(errors="replace").decode() for n in names], sources, sha256("\n".join([*names, *sizes, more]).encode(errors="surrogateescape"))[:12])
 
 # %% ../nbs/17_scale.ipynb #175e8c99

@@ -7,7 +7,7 @@ import torch
 from posefree_kit.camera import Pose, mirror
 from posefree_kit.core import InputError, rng
 from posefree_kit.checkpoints import load_generator, save_checkpoint
-from posefree_kit.discriminator import Discriminator, DiscriminatorConfig
+from posefree_kit.discriminator import Discriminator, DiscriminatorConfig, widen_discriminator
 from posefree_kit.generator import GeneratorConfig, View
 from posefree_kit.latent_encoder import LatentEncoder, LatentEncoderConfig, fresh_encoder
 from posefree_kit.pose import PoseFreeGenerator
@@ -458,14 +458,14 @@ class Halved(Discriminator):
 
 
 def test_networks_of_other_classes_go_on_as_what_they_are(images, tmp_path):
-    kinds = (PoseFreeGenerator, Halved)
+    kinds = (PoseFreeGenerator, Halved, LatentEncoder)
     G = new_state(G8, D8, C).G
     s = fit(images, tmp_path/"r", start=make_state(G, Halved(D8), C), kimg=.004, progress=False, device="cpu")
-    with pytest.raises(InputError, match="a PoseFreeGenerator and a Discriminator, got a run of a PoseFreeGenerator and a Halved"): fit(images, tmp_path/"r", kimg=.008, progress=False, device="cpu")
+    with pytest.raises(InputError, match="^run.state: expected a run of PoseFreeGenerator, Discriminator, LatentEncoder, got one of PoseFreeGenerator, Halved: give"): fit(images, tmp_path/"r", kimg=.008, progress=False, device="cpu")
     t = fit(images, tmp_path/"r", kimg=.008, progress=False, device="cpu", kinds=kinds)
     assert type(t.D) is type(t.d_ema) is Halved and t.seen == 8
-    back = step_back(FloatingPointError("a loss"), tmp_path/"r"/STATE, torch.device("cpu"), kinds=(type(t.G), type(t.D)))
-    assert type(back.D) is Halved
+    back = step_back(FloatingPointError("a loss"), tmp_path/"r"/STATE, torch.device("cpu"), like=t)
+    assert type(back.D) is Halved and type(widen_discriminator(back.D, (12, 12))) is Halved
     path = save_checkpoint(tmp_path/"g.safetensors", s.ema, s.d_ema)
     with pytest.raises(InputError, match="got one of the class 'Halved'"): load_generator(path, "cpu")
     assert type(load_generator(path, "cpu", reader=Halved).reader) is Halved
@@ -479,8 +479,12 @@ def test_a_nan_loss_leaves_a_subclass_what_it_is(images, tmp_path, monkeypatch):
         if len(calls) == 2: raise FloatingPointError("loss d is nan")
         return real(*args)
     monkeypatch.setattr(training, "train_step", broken)
-    s = fit(images, tmp_path/"r", start=make_state(new_state(G8, D8, C).G, Halved(D8), C), kimg=.012, progress=False, device="cpu")
-    assert s.trouble == "loss d is nan" and type(s.D) is Halved and set(calls) == {Halved}
+    class Own(LatentEncoder): pass
+    start = make_state(new_state(G8, D8, C).G, Halved(D8), ENCODE, Own(fresh_encoder(new_state(G8, D8, C).G).config))
+    start.D.from_rgb.requires_grad_(False); before = start.D.from_rgb.weight.clone()
+    s = fit(images, tmp_path/"r", start=start, kimg=.012, progress=False, device="cpu")
+    assert s.trouble == "loss d is nan" and type(s.D) is Halved and set(calls) == {Halved} and type(s.E) is type(s.e_ema) is Own
+    assert torch.equal(before, s.D.from_rgb.weight) # what was frozen still is
 
 
 def test_what_is_frozen_in_a_discriminator_stays_frozen(images):

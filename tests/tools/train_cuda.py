@@ -232,12 +232,13 @@ def main():
         print(k, flush=True)
     config = TrainConfig(batch=64, g_rate=.002, d_rate=.0014, loss="relativistic", r1_gamma=.12, r2_gamma=.12, encode_share=.25, encode_weight=40., match_weight=1., slant=.7, symmetry_weight=.5, symmetry_scale=.02, seed=args.seed)
     G = load_generator(args.start, "cuda")
+    if G.resolution == 128: config = dataclasses.replace(config, batch=32, r1_gamma=.5, r2_gamma=.5)
     s = go_on_with(G, dataclasses.replace(config, encode_share=0.))
     size, beside = G.resolution, Path(args.start).with_name(f"{Path(args.start).stem}_encoder.safetensors") # as `finish` names it
     if args.minutes_128 and size != 64: raise SystemExit(f"--minutes-128: expected a generator of 64 pixels to grow, got one of {size}")
     E = load_latent_encoder(G, beside if beside.is_file() else None)
     run = Recorded(s.G, s.D, fresh_encoder(G, start=E), config, pictures(args.portraits * 64 ** 2 // size ** 2, size, 30_000, "cuda", 4096 * 64 ** 2 // size ** 2))
-    run.record(); run.run(args.minutes, log); finish(run, args.out, "portraits", log)
+    run.record(); run.run(args.minutes, log); finish(run, args.out, "portraits" if size == 64 else f"portraits-{size}", log)
     if not args.minutes_128: return
     (ema, _, _), (d_ema, _, _), (e_ema, _, _) = run.averages
     config = dataclasses.replace(config, batch=32, r1_gamma=.5, r2_gamma=.5)
