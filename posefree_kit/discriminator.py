@@ -8,7 +8,7 @@ __all__ = ['DiscriminatorConfig', 'Judgement', 'Discriminator', 'grow_discrimina
 # %% ../nbs/07_discriminator.ipynb #0cb6e015
 import math
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
@@ -124,8 +124,8 @@ def widen_discriminator(D:Discriminator, channels:tuple, seed:int=0) -> Discrimi
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         H = type(D)(replace(c, channels=tuple(channels)))
-    n, m = c.channels[-1], channels[-1]
-    for part in (H.blocks[-1].conv1, H.blocks[-1].skip) if len(channels) > 1 else (H.from_rgb,): part.weight[n:].mul_(.02) # the deviation channel is a mean over all
+    n, m, blocks = c.channels[-1], channels[-1], cast(list[ResidualBlock], list(H.blocks))
+    for part in (blocks[-1].conv1, blocks[-1].skip) if blocks else (H.from_rgb,): part.weight[n:].mul_(.02) # the deviation channel is a mean over all
     for name, x in H.state_dict().items():
         y = old[name].to(x.device)
         if x.ndim < 2: x[:len(y)] = y; continue

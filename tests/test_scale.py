@@ -61,12 +61,12 @@ def test_a_batch_gives_what_single_runs_give(home):
     "Latents, poses and pictures, image by image"
     G = load_generator(home/"generator.safetensors", "cpu")
     images = torch.cat([load_image(p) for p in sorted((Path(__file__).parents[1]/"data").glob("portrait_*.png"))[:3]])
-    config = quick(candidates=8, starts=2, start_steps=2, stages=(Stage(4, 2, .02, False), Stage(4, 1, .01, True)))
+    config = quick(candidates=8, starts=2, start_steps=2, stages=(Stage(2, 2, .02, False), Stage(2, 1, .01, True))) # few steps: what rounding does grows from one to the next
     many = invert(images, G, config)
     for i in range(3):
         alone, cut = invert(images[i:i + 1], G, config), one_of(many, i, 0.)
         for a, b in ((alone.w, cut.w), (alone.deltas, cut.deltas), (alone.ws, cut.ws), (alone.pose.stack(), cut.pose.stack()), *zip(alone.view, cut.view)):
-            assert a.shape == b.shape and float((a - b).abs().max()) < 2e-4 # rounding, which Adam makes larger where a gradient is next to zero
+            assert a.shape == b.shape and float((a - b).abs().max()) < 2e-3 # rounding, which Adam makes larger where a gradient is next to zero; a step is ten times that
         assert alone.report["pose"][0] == pytest.approx(cut.report["pose"][0], abs=1e-2) and alone.report.keys() == cut.report.keys()
         for a, b in zip(alone.report["stages"], cut.report["stages"], strict=True): assert a["losses"] == pytest.approx(b["losses"], abs=1e-3)
     assert (many.w[0] - many.w[1]).abs().max() > 1e-2 # the images do differ
