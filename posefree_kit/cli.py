@@ -480,7 +480,7 @@ def evaluate(
         if v < 1: raise InputError(f"expected --{name} of at least 1, got {v}")
     where, chosen = resolve_device(device), names(sets)
     for s in chosen: evaluation.set_seeds(s, n)
-    if {m.partition(":")[0] for m in names(methods)} == {"encoder"} and names(ablate) == ["full"]: check_encoder(None, "encoder", preset, steps)
+    if {m.partition(":")[0] for m in names(methods)} == {"encoder"} and not names(ablate): check_encoder(None, "encoder", preset, steps)
     march_for(compiled, where)
     if inputs:
         if evaluation.SELF in chosen: raise InputError(f"expected sets that have pictures with --inputs, got {sets!r}: those of {evaluation.SELF} are drawn by the generator")
