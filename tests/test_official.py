@@ -145,7 +145,7 @@ def test_gradients(ref):
     hv = ref.out("cam_pose")[:, :2].clone().requires_grad_()
     loss = (G.render(G.planes(ws), look_at_pose(*hv.unbind(-1)), ref.size, intrinsics=ref.k).rgb - ref.io["in.target"]).square().mean()
     g_ws, g_hv = torch.autograd.grad(loss, (ws, hv))
-    assert float((loss.detach() - ref.out("grad_loss")).abs()) < 1e-5
+    assert float((loss.detach() - ref.out("grad_loss")).abs()) < 1e-5 * max(1, float(ref.out("grad_loss"))) # float32: three parts in a million were seen on another CPU
     ref.close(g_ws, "grad_ws", PLANES); ref.close(g_hv, "grad_cam_pose", PLANES * max(1, float(ref.out("grad_cam_pose").abs().max())))
 
 # The rules once more, straight from their statement, on official names: for options of which nothing was recorded
